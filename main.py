@@ -1,0 +1,295 @@
+"""A users service: create a user, fetch a user. The environment configures it."""
+
+import logging
+import os
+import sqlite3
+import sys
+import time
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from select import POLLIN, POLLOUT, poll
+from traceback import extract_tb
+from typing import Annotated, NoReturn
+
+import anyio
+import psycopg2
+from anyio.to_thread import current_default_thread_limiter
+from fastapi import Depends, FastAPI, HTTPException, Path, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse, RedirectResponse
+from psycopg2.errors import ReadOnlySqlTransaction
+from psycopg2.extensions import POLL_OK, POLL_READ, set_wait_callback
+from psycopg2.extensions import connection as PGConnection
+from sqlalchemy import URL, bindparam, event, make_url, text
+from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.exc import (
+    ArgumentError,
+    IntegrityError,
+    InterfaceError,
+    InternalError,
+    InvalidatePoolError,
+    OperationalError,
+    SQLAlchemyError,
+    TimeoutError,
+)
+from sqlmodel import Session, SQLModel, create_engine, select
+
+from models import MAX_ID, Message, User, UserCreate, UserRead
+
+DATABASE_TIMEOUT = 4  # seconds for each wait: a request must fail within 5
+STARTUP_TIMEOUT = 30  # seconds
+
+logger = logging.getLogger("uvicorn.error")
+
+
+def hide_traceback(record: logging.LogRecord) -> bool:
+    """Log an unforeseen error as its class and place: its text may quote a user."""
+    if record.exc_info and (error := record.exc_info[1]):
+        places = [
+            f"{frame.name}:{frame.lineno}"
+            for frame in extract_tb(error.__traceback__)
+            if frame.filename == __file__
+        ]
+        record.msg = f"{type(error).__name__} in {' > '.join(places) or 'a library'}"
+        record.args = record.exc_info = None
+    elif isinstance(record.msg, str) and record.msg.startswith("Traceback"):
+        record.msg = record.msg.strip().rpartition("\n")[2]  # of a failed start-up
+    return True
+
+
+logger.addFilter(hide_traceback)
+
+
+def refuse_start(problem: str) -> NoReturn:
+    print(f"Error: {problem}", file=sys.stderr)
+    sys.exit(3)  # uvicorn would restart a worker that ends with another status
+
+
+def read_database_url() -> URL:
+    try:
+        url = make_url(os.environ.get("DATABASE_URL") or "sqlite:///users.db")
+    except (ArgumentError, ValueError):
+        refuse_start("DATABASE_URL is not a URL like postgresql://user:pass@host/name")
+    if url.drivername in {"postgres", "postgresql", "postgresql+psycopg2"}:
+        return url.set(drivername="postgresql+psycopg2")
+    if url.drivername == "sqlite" and url.database not in {None, "", ":memory:"}:
+        return url
+    refuse_start("DATABASE_URL must begin with postgresql:// or name a sqlite:/// file")
+
+
+def read_pool_size() -> int:
+    value = os.environ.get("DB_POOL_SIZE") or "5"
+    if not (value.isascii() and value.isdecimal() and 1 <= int(value) <= 1000):
+        refuse_start("DB_POOL_SIZE must be a whole number from 1 to 1000")
+    return int(value)
+
+
+DATABASE_URL = read_database_url()
+DB_POOL_SIZE = read_pool_size()
+
+engine = create_engine(
+    DATABASE_URL,
+    pool_size=DB_POOL_SIZE,
+    max_overflow=0,
+    hide_parameters=True,
+)
+
+
+def configure_sqlite(connection: sqlite3.Connection, _: object) -> None:
+    connection.execute(f"PRAGMA busy_timeout = {DATABASE_TIMEOUT * 1000}")
+    connection.execute("PRAGMA journal_mode = WAL")  # reads go on beside a write
+    connection.execute("PRAGMA synchronous = FULL")  # a 201 survives a power cut
+
+
+def wait_with_deadline(connection: PGConnection) -> None:
+    """Raise when PostgreSQL leaves a connect, query or commit without an answer.
+
+    Server-side and TCP timeouts end no wait for a server that is frozen.
+    """
+    deadline = time.monotonic() + DATABASE_TIMEOUT
+    while (state := connection.poll()) != POLL_OK:
+        socket = poll()
+        socket.register(connection.fileno(), POLLIN if state == POLL_READ else POLLOUT)
+        if not socket.poll(max(0, deadline - time.monotonic()) * 1000):
+            raise psycopg2.OperationalError(f"no answer in {DATABASE_TIMEOUT} seconds")
+
+
+def replace_closed(connection: PGConnection, _: object, __: object) -> None:
+    """Have the pool reconnect when the server has closed an idle connection.
+
+    Its socket is then readable: this finds out without the round trip of a ping.
+    """
+    socket = poll()
+    socket.register(connection.fileno(), POLLIN)
+    if socket.poll(0):
+        raise InvalidatePoolError
+
+
+def leave_read_only(context: ExceptionContext) -> None:
+    """Have the pool reconnect, to the new primary, when a failover left it behind."""
+    if isinstance(context.original_exception, ReadOnlySqlTransaction):
+        context.is_disconnect = True
+
+
+if engine.dialect.name == "sqlite":
+    START_LOCK = "BEGIN IMMEDIATE"
+    event.listen(engine, "connect", configure_sqlite)
+else:
+    START_LOCK = "SELECT pg_advisory_xact_lock(8318823012450)"  # any fixed number
+    set_wait_callback(wait_with_deadline)
+    event.listen(engine, "checkout", replace_closed)
+    event.listen(engine, "handle_error", leave_read_only)
+
+
+async def get_session() -> Session:
+    """A session that reaches the database inside `with session.begin():` only.
+
+    The end of that block gives its connection back, so that none is held while a
+    response is built or sent, and nothing is left to close after the endpoint.
+    """
+    return Session(engine, autobegin=False, expire_on_commit=False)
+
+
+SessionDep = Annotated[Session, Depends(get_session)]
+
+UNAVAILABLE = (OperationalError, InterfaceError, InternalError, TimeoutError)
+
+
+def describe(error: SQLAlchemyError) -> str:
+    """What the driver says, less the address before it and the hints below it."""
+    reason = str(getattr(error, "orig", error)).partition("\n")[0]
+    return reason.rpartition(": ")[2].strip()
+
+
+def create_tables() -> None:
+    """Create the tables that are missing; the lock makes other processes wait."""
+    with engine.begin() as connection:
+        connection.exec_driver_sql(START_LOCK)
+        SQLModel.metadata.create_all(connection)
+
+
+@asynccontextmanager
+async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
+    """Wait for the database and create the tables before the first request."""
+    # More threads than connections would only wait for one.
+    current_default_thread_limiter().total_tokens = DB_POOL_SIZE
+    if not os.environ.get("DATABASE_URL"):
+        logger.warning(
+            "DATABASE_URL is not set: users are kept in the file users.db, "
+            "which a PaaS with an ephemeral disk loses at every restart"
+        )
+    address = DATABASE_URL.set(query={}).render_as_string()  # hides the password
+    deadline = time.monotonic() + STARTUP_TIMEOUT
+    waits = False
+    while True:
+        try:
+            await run_in_threadpool(create_tables)
+            break
+        except SQLAlchemyError as error:
+            reason = describe(error)
+            if not isinstance(error, UNAVAILABLE) or time.monotonic() > deadline:
+                raise RuntimeError(f"Cannot use {address}: {reason}") from None
+        if not waits:
+            logger.warning("Waiting %d s for %s: %s", STARTUP_TIMEOUT, address, reason)
+            waits = True
+        await anyio.sleep(0.5)
+    yield
+    engine.dispose()
+
+
+app = FastAPI(
+    title="Users",
+    summary="Create a user, fetch a user.",
+    version="1.0.0",
+    lifespan=lifespan,
+    redirect_slashes=False,
+    generate_unique_id_function=lambda route: route.name,
+    responses={
+        503: {
+            "model": Message,
+            "description": "The database is unavailable",
+            "headers": {"Retry-After": {"schema": {"type": "integer"}}},
+        },
+    },
+)
+
+
+@app.exception_handler(OperationalError)
+@app.exception_handler(InterfaceError)
+@app.exception_handler(InternalError)
+@app.exception_handler(TimeoutError)
+async def answer_unavailable(request: Request, error: SQLAlchemyError) -> Response:
+    logger.warning("%s %s 503: %s", request.method, request.url.path, describe(error))
+    return JSONResponse({"detail": "Database unavailable"}, 503, {"Retry-After": "2"})
+
+
+@app.get("/", include_in_schema=False)
+async def redirect_to_docs() -> RedirectResponse:
+    return RedirectResponse("/docs")
+
+
+@app.api_route(
+    "/health", methods=["GET", "HEAD"], response_model=None, include_in_schema=False
+)
+def check_health(session: SessionDep) -> dict[str, str]:
+    with session.begin():
+        session.execute(text("SELECT 1"))
+    return {"status": "ok"}
+
+
+@app.post(
+    "/users",
+    status_code=201,
+    response_model=None,  # a model here would cost a second thread hop
+    responses={
+        201: {
+            "model": UserRead,
+            "description": "The user, at `Location`",
+            "headers": {"Location": {"schema": {"type": "string"}}},
+        },
+        409: {"model": Message, "description": "The email is registered already"},
+    },
+)
+def create_user(
+    new_user: UserCreate, session: SessionDep, response: Response
+) -> UserRead:
+    """Register an email, in any case, with a name."""
+    user = User(**new_user.model_dump())
+    try:
+        with session.begin():
+            session.add(user)
+    except IntegrityError:  # the unique email: the one check that holds in a race
+        raise HTTPException(409, "Email already registered") from None
+    response.headers["Location"] = f"/users/{user.id}"
+    return UserRead.model_validate(user)
+
+
+# Built once, for a row rather than an object: costs far less than session.get().
+SELECT_USER = select(User.id, User.email, User.full_name).where(
+    User.id == bindparam("user_id")
+)
+
+
+@app.get(
+    "/users/{user_id}",
+    response_model=None,
+    responses={
+        200: {"model": UserRead, "description": "The user"},
+        404: {"model": Message, "description": "No user has this id"},
+    },
+)
+@app.api_route(
+    "/users/{user_id}",
+    methods=["GET", "HEAD"],
+    response_model=None,
+    include_in_schema=False,
+)
+def read_user(
+    user_id: Annotated[int, Path(ge=1, le=MAX_ID)], session: SessionDep
+) -> UserRead:
+    """Fetch a user by the id that its creation answered."""
+    with session.begin():
+        user = session.execute(SELECT_USER, {"user_id": user_id}).one_or_none()
+    if user is None:
+        raise HTTPException(404, "User not found")
+    return UserRead.model_validate(user)

@@ -1,0 +1,79 @@
+"""The user: one table, and the schemas of what a client sends and gets back."""
+
+import re
+from typing import ClassVar
+
+from email_validator import EmailNotValidError, validate_email
+from pydantic import field_validator
+from sqlmodel import BigInteger, Column, Field, Integer, SQLModel
+
+MAX_ID = 2**63 - 1  # PostgreSQL's BIGINT, and SQLite's row id
+NO_CONTROL_CHARACTERS = r"^[^\x00-\x1f\x7f-\x9f]*$"
+
+
+class UserBase(SQLModel):
+    email: str = Field(
+        max_length=254,  # RFC 5321's longest address
+        unique=True,
+        description="ASCII, lower-cased: one user whatever the case. "
+        "An internationalised domain is written in its `xn--` form. "
+        "Quoted names and reserved domains such as `.test` are refused.",
+        schema_extra={
+            "examples": ["ada@example.com"],
+            "json_schema_extra": {"format": "email"},
+        },
+    )
+    full_name: str = Field(
+        min_length=1,
+        max_length=200,
+        description="In any script, trimmed, without control characters.",
+        schema_extra={
+            "examples": ["Ada Lovelace"],
+            "json_schema_extra": {"pattern": NO_CONTROL_CHARACTERS},
+        },
+    )
+
+
+class User(UserBase, table=True):
+    __tablename__: ClassVar[str] = "users"
+
+    # 64 bits, because a refused duplicate burns a value of PostgreSQL's sequence.
+    id: int | None = Field(
+        default=None,
+        sa_column=Column(
+            BigInteger().with_variant(Integer, "sqlite"), primary_key=True
+        ),
+    )
+
+
+class UserCreate(UserBase):
+    model_config = {"extra": "forbid", "str_strip_whitespace": True}
+
+    @field_validator("email")
+    @classmethod
+    def normalize_email(cls, email: str) -> str:
+        try:
+            validate_email(email.encode(), check_deliverability=False)
+        except EmailNotValidError as error:
+            # After a colon or a parenthesis, the message quotes the input.
+            raise ValueError(re.split(r":| \(", str(error))[0].rstrip(".")) from None
+        return email.lower()
+
+    @field_validator("full_name")
+    @classmethod
+    def refuse_control_characters(cls, full_name: str) -> str:
+        if not re.fullmatch(NO_CONTROL_CHARACTERS, full_name):
+            raise ValueError("A name cannot contain control characters")
+        return full_name
+
+
+class UserId(SQLModel):
+    id: int = Field(schema_extra={"json_schema_extra": {"format": "int64"}})
+
+
+class UserRead(UserBase, UserId):
+    """A registered user."""  # the order of the bases puts the id first
+
+
+class Message(SQLModel):
+    detail: str
