@@ -1,0 +1,485 @@
+"""Every promise of the README, shown on a running service.
+
+The service is started by the Procfile's own line, on SQLite and on the PostgreSQL
+that `TEST_DATABASE_URL` names, whose table `users` is dropped. Outages are made on
+a PostgreSQL that the tests start themselves.
+"""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from uuid import uuid4
+
+import httpx
+import psycopg2
+import pytest
+
+HERE = Path(__file__).parent
+README = (HERE / "README.md").read_text()
+COMMAND = (HERE / "Procfile").read_text().removeprefix("web: ")
+TEST_DATABASE_URL = os.environ.get("TEST_DATABASE_URL", "")
+ADA = {"email": "Ada@Example.com", "full_name": "Ada Lovelace"}
+NO_TEST_DATABASE = "TEST_DATABASE_URL names no PostgreSQL to test on"
+
+
+def wait_until(condition: Callable[[], object], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.05)
+
+
+def find_free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
+def new_user() -> dict[str, str]:
+    return {"email": f"{uuid4()}@example.com", "full_name": "Ada Lovelace"}
+
+
+def query(database_url: str, sql: str) -> list[tuple[object, ...]]:
+    """Ask the database itself, beside the service."""
+    if database_url.startswith("sqlite"):
+        with closing(sqlite3.connect(database_url.removeprefix("sqlite:///"))) as file:
+            return file.execute(sql).fetchall()
+    with closing(psycopg2.connect(database_url)) as connection:
+        connection.autocommit = True
+        with connection.cursor() as cursor:
+            cursor.execute(sql)
+            return cursor.fetchall() if cursor.description else []
+
+
+class Service:
+    """The service as a PaaS runs it: the Procfile's line and an environment."""
+
+    def __init__(self, folder: Path, command: str = COMMAND, **settings: str) -> None:
+        self.port = find_free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log_file = folder / f"{self.port}.log"
+        programs = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        environment = {"PATH": programs, "PORT": str(self.port), **settings}
+        with self.log_file.open("w") as log:
+            self.process = subprocess.Popen(
+                ["sh", "-c", f"exec {command}"],
+                cwd=folder,
+                env={"PYTHONPATH": str(HERE), "PYTHONWARNINGS": "error"} | environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    @property
+    def log(self) -> str:
+        return self.log_file.read_text()
+
+    def is_ready(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/openapi.json").is_success
+        except httpx.TransportError:
+            return False
+
+    def wait_until_ready(self) -> None:
+        wait_until(lambda: self.is_ready() or self.process.poll() is not None, 20)
+        assert self.process.poll() is None, self.log
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout=30)
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@contextmanager
+def serve(folder: Path, **settings: str) -> Iterator[Service]:
+    service = Service(folder, **settings)
+    try:
+        service.wait_until_ready()
+        yield service
+    finally:
+        service.kill()
+
+
+class PostgreSQL:
+    """A server of the tests' own, to stop, freeze and fill up."""
+
+    def __init__(self, programs: Path, folder: Path) -> None:
+        self.programs = programs
+        self.user = "postgres" if os.geteuid() == 0 else None  # it refuses root
+        self.data = folder / "data"
+        self.port = find_free_port()
+        self.url = f"postgresql://ada:secret@127.0.0.1:{self.port}/postgres"
+        if self.user:
+            shutil.chown(folder, self.user)
+        self.run("initdb", "--username=ada", "--auth=trust", "--no-sync")
+
+    def run(self, program: str, *arguments: str) -> None:
+        subprocess.run(
+            [self.programs / program, "--pgdata", self.data, *arguments],
+            cwd=self.data.parent,
+            user=self.user,
+            group=self.user,
+            extra_groups=[] if self.user else None,
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+
+    def start(self) -> None:
+        options = f"-p {self.port} -k '' -c max_connections=20"
+        log = str(self.data.parent / "log")
+        self.run("pg_ctl", "start", "--wait", f"--options={options}", f"--log={log}")
+
+    def stop(self, mode: str = "immediate") -> None:
+        self.run("pg_ctl", "stop", "--wait", f"--mode={mode}")
+
+    def signal(self, how: int) -> None:
+        """Signal every process of the server, the first one first."""
+        first = (self.data / "postmaster.pid").read_text().split()[0]
+        children = Path(f"/proc/{first}/task/{first}/children").read_text()
+        for process in [first, *children.split()]:
+            os.kill(int(process), how)
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[PostgreSQL]:
+    on_path = shutil.which("postgres")
+    found = [*Path("/usr/lib/postgresql").glob("*/bin/postgres")]  # Debian's place
+    if not on_path and not found:
+        pytest.skip("PostgreSQL's server programs are not installed")
+    program = Path(on_path or max(found)).resolve()
+    with TemporaryDirectory() as folder:
+        server = PostgreSQL(program.parent, Path(folder))
+        server.start()
+        yield server
+        server.stop()
+
+
+@pytest.fixture(scope="session", params=["sqlite", "postgresql"])
+def database_url(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path_factory.mktemp('sqlite')}/users.db"
+    if not TEST_DATABASE_URL:
+        pytest.skip(NO_TEST_DATABASE)
+    query(TEST_DATABASE_URL, "DROP TABLE IF EXISTS users")
+    return TEST_DATABASE_URL
+
+
+@pytest.fixture(scope="session")
+def service(
+    database_url: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Service]:
+    with serve(tmp_path_factory.mktemp("service"), DATABASE_URL=database_url) as shared:
+        yield shared
+
+
+@pytest.fixture
+def client(service: Service) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=service.url) as client:
+        yield client
+
+
+def test_a_created_user_is_answered_and_can_be_fetched(client: httpx.Client) -> None:
+    user = new_user()
+    created = client.post("/users", json=user)
+    fetched = client.get(created.headers["location"])
+
+    assert created.status_code == 201
+    assert created.headers["location"] == f"/users/{created.json()['id']}"
+    assert list(created.json()) == ["id", "email", "full_name"]
+    assert created.json() == {"id": created.json()["id"], **user}
+    assert (fetched.status_code, fetched.json()) == (200, created.json())
+
+
+def test_head_answers_like_get_without_the_body(client: httpx.Client) -> None:
+    path = client.post("/users", json=new_user()).headers["location"]
+    head, get = client.head(path), client.get(path)
+
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-length"] == str(len(get.content))
+    assert client.head("/users/9999999").status_code == 404
+
+
+def test_a_duplicate_email_in_another_case_is_409(client: httpx.Client) -> None:
+    user = new_user()
+    client.post("/users", json=user)
+    again = client.post("/users", json=user | {"email": user["email"].upper()})
+
+    assert again.status_code == 409
+    assert again.json() == {"detail": "Email already registered"}
+
+
+def test_an_email_is_lower_cased_and_a_name_trimmed(client: httpx.Client) -> None:
+    user = new_user()
+    sent = {"email": user["email"].upper(), "full_name": " \tAda Lovelace\n "}
+    created = client.post("/users", json=sent)
+
+    assert created.json() == {"id": created.json()["id"], **user}
+
+
+def test_an_unknown_id_is_404(client: httpx.Client) -> None:
+    response = client.get(f"/users/{2**63 - 1}")
+
+    assert response.status_code == 404
+    assert response.json() == {"detail": "User not found"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({"email": "not an email"}, id="email"),
+        pytest.param({"full_name": ""}, id="empty name"),
+        pytest.param({"full_name": None}, id="no name"),
+        pytest.param({"full_name": "x" * 201}, id="long name"),
+        pytest.param({"full_name": "Ada\x00"}, id="control character"),
+        pytest.param({"admin": True}, id="unknown field"),
+    ],
+)
+def test_a_bad_user_is_422_and_not_stored(
+    client: httpx.Client, database_url: str, change: dict[str, object]
+) -> None:
+    before = query(database_url, "SELECT count(*) FROM users")
+    response = client.post("/users", json=new_user() | change)
+
+    assert response.status_code == 422
+    assert response.json()["detail"]
+    assert query(database_url, "SELECT count(*) FROM users") == before
+
+
+@pytest.mark.parametrize("user_id", ["0", "-1", "x", str(2**63)])
+def test_a_bad_id_is_422(client: httpx.Client, user_id: str) -> None:
+    assert client.get(f"/users/{user_id}").status_code == 422
+
+
+def test_health_asks_the_database(client: httpx.Client) -> None:
+    assert client.get("/health").json() == {"status": "ok"}
+    assert client.head("/health").status_code == 200
+
+
+def test_the_root_leads_to_the_documentation(client: httpx.Client) -> None:
+    response = client.get("/", follow_redirects=True)
+
+    assert response.url.path == "/docs"
+    assert "swagger" in response.text
+
+
+def test_the_document_has_the_two_endpoints_and_all_their_answers(
+    client: httpx.Client,
+) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    answers = {
+        (method, path): {
+            status: answer["content"]["application/json"]["schema"]["$ref"].rpartition(
+                "/"
+            )[2]
+            for status, answer in operation["responses"].items()
+        }
+        for path, operations in paths.items()
+        for method, operation in operations.items()
+    }
+
+    assert answers == {
+        ("post", "/users"): {
+            "201": "UserRead",
+            "409": "Message",
+            "422": "HTTPValidationError",
+            "503": "Message",
+        },
+        ("get", "/users/{user_id}"): {
+            "200": "UserRead",
+            "404": "Message",
+            "422": "HTTPValidationError",
+            "503": "Message",
+        },
+    }
+
+
+def test_ids_are_64_bit_on_postgresql() -> None:
+    if not TEST_DATABASE_URL:
+        pytest.skip(NO_TEST_DATABASE)
+    sql = "SELECT data_type FROM information_schema.columns WHERE table_name = 'users'"
+
+    assert ("bigint",) in query(TEST_DATABASE_URL, f"{sql} AND column_name = 'id'")
+
+
+def test_users_survive_a_restart(tmp_path: Path, database_url: str) -> None:
+    with serve(tmp_path, DATABASE_URL=database_url) as service:
+        created = httpx.post(f"{service.url}/users", json=new_user())
+        status = service.stop()
+    with serve(tmp_path, DATABASE_URL=database_url) as service:
+        fetched = httpx.get(service.url + created.headers["location"])
+
+    assert status == -signal.SIGTERM
+    assert (created.status_code, fetched.json()) == (201, created.json())
+
+
+@pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg2"])
+def test_every_postgresql_scheme_reaches_psycopg2_with_its_query_string(
+    tmp_path: Path, scheme: str
+) -> None:
+    if not TEST_DATABASE_URL:
+        pytest.skip(NO_TEST_DATABASE)
+    address = TEST_DATABASE_URL.partition("://")[2]
+    url = f"{scheme}://{address}{'&' if '?' in address else '?'}application_name=it"
+    sql = "SELECT count(*) > 0 FROM pg_stat_activity WHERE application_name = 'it'"
+    with serve(tmp_path, DATABASE_URL=url):
+        assert query(TEST_DATABASE_URL, sql) == [(True,)]
+
+
+def test_a_list_of_hosts_reaches_the_primary(tmp_path: Path) -> None:
+    if not TEST_DATABASE_URL:
+        pytest.skip(NO_TEST_DATABASE)
+    parts = psycopg2.extensions.parse_dsn(TEST_DATABASE_URL)
+    login = f"{parts['user']}:{parts.get('password', '')}"
+    hosts = f"host=127.0.0.1:{find_free_port()}&host={parts['host']}:{parts['port']}"
+    url = f"postgresql://{login}@/{parts['dbname']}?{hosts}"
+    with serve(tmp_path, DATABASE_URL=f"{url}&target_session_attrs=read-write") as it:
+        assert httpx.get(f"{it.url}/health").status_code == 200
+
+
+@pytest.mark.parametrize("value", [{}, {"DATABASE_URL": ""}], ids=["unset", "empty"])
+def test_without_a_database_url_users_go_to_a_file_and_the_log_warns_once(
+    tmp_path: Path, value: dict[str, str]
+) -> None:
+    with serve(tmp_path, **value) as service:
+        created = httpx.post(f"{service.url}/users", json=ADA)
+
+    warnings = [line for line in service.log.splitlines() if "WARNING" in line]
+    assert created.status_code == 201
+    assert query(f"sqlite:///{tmp_path}/users.db", "SELECT email FROM users") == [
+        ("ada@example.com",)
+    ]
+    assert len(warnings) == 1
+    assert "DATABASE_URL" in warnings[0]
+    assert "ephemeral" in warnings[0]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"DATABASE_URL": "secret"},
+        {"DATABASE_URL": "postgresql://ada:secret@localhost:port/users"},
+        {"DATABASE_URL": "mysql://ada:secret@localhost/users"},
+        {"DATABASE_URL": "sqlite://"},
+        {"DATABASE_URL": "sqlite:///:memory:"},
+        {"DB_POOL_SIZE": "0"},
+        {"DB_POOL_SIZE": "many"},
+    ],
+    ids=str,
+)
+def test_a_bad_setting_ends_the_start_with_one_line(
+    tmp_path: Path, settings: dict[str, str]
+) -> None:
+    service = Service(tmp_path, **settings)
+
+    assert service.process.wait(timeout=20) == 3
+    assert service.log.startswith(f"Error: {next(iter(settings))} ")
+    assert service.log.count("\n") == 1
+    assert "secret" not in service.log
+
+
+def test_a_file_that_is_no_database_ends_the_start_with_one_line(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "users.db").write_text("not a database" * 100)
+    service = Service(tmp_path)
+
+    assert service.process.wait(timeout=20) == 3
+    assert "Cannot use sqlite:///users.db: file is not a database" in service.log
+    assert "Traceback" not in service.log
+
+
+def test_sqlite_is_set_up_for_many_processes_and_power_cuts(tmp_path: Path) -> None:
+    pragmas = ["journal_mode", "synchronous", "busy_timeout"]
+    script = (
+        "from main import engine\n"
+        "with engine.connect() as connection:\n"
+        f"    for pragma in {pragmas}:\n"
+        "        sql = f'PRAGMA {pragma}'\n"
+        "        print(connection.exec_driver_sql(sql).scalar())\n"
+    )
+    printed = subprocess.check_output(
+        [sys.executable, "-c", script], cwd=tmp_path, env={"PYTHONPATH": str(HERE)}
+    )
+
+    assert printed.decode().split() == ["wal", "2", "4000"]
+
+
+def test_the_procfile_names_no_server_and_outlives_a_routers_idle_time(
+    client: httpx.Client,
+) -> None:
+    assert "server" not in client.get("/health").headers
+    assert re.search(r"--host 0\.0\.0\.0 .*--timeout-keep-alive 75", COMMAND)
+
+
+def test_the_readme_curls_answer_what_the_readme_says(tmp_path: Path) -> None:
+    block = re.search(r"```console\n(.*?)```", README, re.DOTALL)
+    assert block
+    examples = re.findall(r"\$ (curl .*)\n([^$]*)", block[1])
+    with serve(tmp_path) as service:
+        answers = [
+            subprocess.check_output(
+                command.replace("localhost:8000", f"127.0.0.1:{service.port}"),
+                shell=True,
+                text=True,
+            )
+            for command, _ in examples
+        ]
+
+    assert len(examples) >= 2
+    assert answers == [answer.removesuffix("\n") for _, answer in examples]
+
+
+def test_the_readme_commands_run_the_service_and_the_tests() -> None:
+    commands = re.findall(r"```sh\n(python3 -m venv .*?)\n```", README, re.DOTALL)
+
+    assert [command.split(" && ")[-1] for command in commands] == [
+        ".venv/bin/uvicorn main:app",
+        ".venv/bin/python -m pytest -W error",
+    ]
+
+
+def test_the_start_waits_for_the_database_and_then_serves_at_once(
+    tmp_path: Path, postgresql: PostgreSQL
+) -> None:
+    postgresql.stop()
+    service = Service(tmp_path, DATABASE_URL=postgresql.url)
+    try:
+        wait_until(lambda: "Waiting 30 s for" in service.log, 10)
+        with pytest.raises(subprocess.TimeoutExpired):
+            service.process.wait(timeout=2)
+        postgresql.start()
+        wait_until(service.is_ready, 2)
+    finally:
+        service.kill()
+
+    assert service.log.count("Waiting 30 s for") == 1
+    assert f"ada:***@127.0.0.1:{postgresql.port}/postgres" in service.log
+    assert "secret" not in service.log
+
+
+def test_the_start_gives_up_after_30_seconds_with_one_line(tmp_path: Path) -> None:
+    url = f"postgresql://ada:secret@127.0.0.1:{find_free_port()}/users?password=secret"
+    started = time.monotonic()
+    service = Service(tmp_path, DATABASE_URL=url)
+
+    assert service.process.wait(timeout=40) == 3
+    assert 30 < time.monotonic() - started < 36
+    assert service.log.count("Cannot use postgresql+psycopg2://ada:***@") == 1
+    assert not re.search("Traceback|secret", service.log)
