@@ -71,7 +71,9 @@ def read_database_url() -> URL:
     except (ArgumentError, ValueError):
         refuse_start("DATABASE_URL is not a URL like postgresql://user:pass@host/name")
     if url.drivername in {"postgres", "postgresql", "postgresql+psycopg2"}:
-        return url.set(drivername="postgresql+psycopg2")
+        # Half of the time for a dead host leaves the rest to the next one in a list.
+        query = {"tcp_user_timeout": str(DATABASE_TIMEOUT * 500)} | dict(url.query)
+        return url.set(drivername="postgresql+psycopg2", query=query)
     if url.drivername == "sqlite" and url.database not in {None, "", ":memory:"}:
         return url
     refuse_start("DATABASE_URL must begin with postgresql:// or name a sqlite:/// file")

@@ -5,6 +5,7 @@ that `TEST_DATABASE_URL` names, whose table `users` is dropped. Outages are made
 a PostgreSQL that the tests start themselves.
 """
 
+import asyncio
 import os
 import re
 import shutil
@@ -14,10 +15,13 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Barrier, Event
 from uuid import uuid4
 
 import httpx
@@ -342,15 +346,27 @@ def test_every_postgresql_scheme_reaches_psycopg2_with_its_query_string(
         assert query(TEST_DATABASE_URL, sql) == [(True,)]
 
 
-def test_a_list_of_hosts_reaches_the_primary(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backlog", [None, 0], ids=["refusing", "black-holed"])
+def test_a_list_of_hosts_reaches_the_primary_behind_a_dead_host(
+    tmp_path: Path, backlog: int | None
+) -> None:
     if not TEST_DATABASE_URL:
         pytest.skip(NO_TEST_DATABASE)
     parts = psycopg2.extensions.parse_dsn(TEST_DATABASE_URL)
     login = f"{parts['user']}:{parts.get('password', '')}"
-    hosts = f"host=127.0.0.1:{find_free_port()}&host={parts['host']}:{parts['port']}"
-    url = f"postgresql://{login}@/{parts['dbname']}?{hosts}"
-    with serve(tmp_path, DATABASE_URL=f"{url}&target_session_attrs=read-write") as it:
-        assert httpx.get(f"{it.url}/health").status_code == 200
+    with ExitStack() as stack:
+        port = find_free_port()
+        if backlog is not None:
+            dead = socket.create_server(("127.0.0.1", port), backlog=backlog)
+            stack.enter_context(dead)
+            stack.enter_context(socket.create_connection(dead.getsockname()))
+        hosts = f"host=127.0.0.1:{port}&host={parts['host']}:{parts['port']}"
+        url = f"postgresql://{login}@/{parts['dbname']}?{hosts}"
+        settings = {"DATABASE_URL": f"{url}&target_session_attrs=read-write"}
+        service = stack.enter_context(serve(tmp_path, **settings))
+
+        assert httpx.get(f"{service.url}/health").status_code == 200
+        assert "Waiting 30 s" not in service.log
 
 
 @pytest.mark.parametrize("value", [{}, {"DATABASE_URL": ""}], ids=["unset", "empty"])
@@ -483,3 +499,461 @@ def test_the_start_gives_up_after_30_seconds_with_one_line(tmp_path: Path) -> No
     assert 30 < time.monotonic() - started < 36
     assert service.log.count("Cannot use postgresql+psycopg2://ada:***@") == 1
     assert not re.search("Traceback|secret", service.log)
+
+
+@pytest.mark.parametrize("connections", [32, 256, 1000])
+def test_no_request_fails_at_any_number_of_connections(
+    service: Service, connections: int
+) -> None:
+    async def load() -> Counter[int]:
+        limits = httpx.Limits(max_connections=connections)
+        async with httpx.AsyncClient(
+            base_url=service.url, limits=limits, timeout=60
+        ) as client:
+            user = await client.post("/users", json=new_user())
+            requests = [
+                client.get(user.headers["location"])
+                if number % 2
+                else client.post("/users", json=new_user())
+                for number in range(connections)
+            ]
+            answers = await asyncio.gather(*requests)
+            return Counter(answer.status_code for answer in answers)
+
+    half = connections // 2
+    assert asyncio.run(load()) == {200: half, 201: half}
+
+
+def test_a_process_holds_no_more_connections_than_its_pool(tmp_path: Path) -> None:
+    if not TEST_DATABASE_URL:
+        pytest.skip(NO_TEST_DATABASE)
+    joint = "&" if "?" in TEST_DATABASE_URL else "?"
+    url = f"{TEST_DATABASE_URL}{joint}application_name=pool"
+    sql = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'pool'"
+    with (
+        serve(tmp_path, DATABASE_URL=url, DB_POOL_SIZE="3") as service,
+        ThreadPoolExecutor(32) as threads,
+    ):
+        load = threads.map(
+            lambda _: httpx.get(f"{service.url}/health", timeout=30).status_code,
+            range(200),
+        )
+        held = [query(TEST_DATABASE_URL, sql)[0][0] for _ in range(20)]
+        statuses = set(load)
+
+    assert statuses == {200}
+    assert max(map(str, held)) == "3"
+
+
+def test_400_stuck_clients_do_not_delay_a_request(service: Service) -> None:
+    half_sent = [
+        b"GET /users/1 HT",
+        b"POST /users HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{",
+        b"GET /docs HTTP/1.1\r\nHost: x\r\n\r\n" * 50,  # and reads no answer
+        b"GET /users/1 HTTP/1.1\r\nHost: x\r\n\r\n" * 5,
+    ]
+    with ExitStack() as stack:
+        for number in range(400):
+            stuck = socket.create_connection(("127.0.0.1", service.port))
+            stack.enter_context(stuck).sendall(half_sent[number % 4])
+        created = httpx.post(f"{service.url}/users", json=new_user(), timeout=20)
+        started = time.monotonic()
+        fetched = httpx.get(service.url + created.headers["location"], timeout=20)
+
+        assert fetched.json() == created.json()
+        assert time.monotonic() - started < 1
+
+
+@pytest.mark.parametrize("processes", ["1", "4"])
+def test_fifty_posts_of_one_email_at_once_make_one_user(
+    tmp_path: Path, database_url: str, processes: str
+) -> None:
+    user = new_user()
+    barrier = Barrier(50)
+    settings = {"DATABASE_URL": database_url, "WEB_CONCURRENCY": processes}
+    with serve(tmp_path, **settings) as racing, ThreadPoolExecutor(50) as threads:
+
+        def post(number: int) -> int:
+            email = user["email"].upper() if number % 2 else user["email"]
+            with httpx.Client(base_url=racing.url, timeout=30) as client:
+                barrier.wait()
+                return client.post("/users", json=user | {"email": email}).status_code
+
+        statuses = Counter(threads.map(post, range(50)))
+
+    sql = f"SELECT count(*) FROM users WHERE email = '{user['email']}'"
+    assert statuses == {201: 1, 409: 49}
+    assert query(database_url, sql) == [(1,)]
+
+
+def test_eight_processes_start_at_once_on_an_empty_database(
+    tmp_path: Path, request: pytest.FixtureRequest, database_url: str
+) -> None:
+    if database_url.startswith("sqlite"):
+        url = f"sqlite:///{tmp_path}/users.db"
+    else:
+        server = request.getfixturevalue("postgresql")
+        query(server.url, "CREATE DATABASE race")
+        url = server.url.replace("/postgres", "/race")
+    with ExitStack() as stack:
+        services = [Service(tmp_path, DATABASE_URL=url) for _ in range(8)]
+        for service in services:
+            stack.callback(service.kill)
+        for service in services:
+            service.wait_until_ready()
+    logs = "".join(service.log for service in services)
+
+    assert logs.count("Application startup complete") == 8
+    assert not re.search("Traceback|ERROR|WARNING", logs)
+
+
+class MovableDatabase:
+    """The tests' server behind a libpq service file, which new connections obey."""
+
+    def __init__(self, server: PostgreSQL, folder: Path) -> None:
+        self.server = server
+        self.file = folder / "pg_service.conf"
+        self.move("127.0.0.1", server.port)
+        self.settings = {
+            "DATABASE_URL": "postgresql://?service=users",
+            "PGSERVICEFILE": str(self.file),
+        }
+
+    def move(self, host: str, port: int) -> None:
+        self.file.write_text(
+            f"[users]\nhost={host}\nport={port}\n"
+            "user=ada\npassword=secret\ndbname=postgres\n"
+        )
+
+    def cut_connections(self) -> None:
+        """Have the server close every connection but the one that asks for it."""
+        query(
+            self.server.url,
+            "SELECT pg_terminate_backend(pid, 1000) FROM pg_stat_activity "
+            "WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()",
+        )
+
+    @contextmanager
+    def moved(self, host: str, port: int) -> Iterator[None]:
+        self.move(host, port)
+        self.cut_connections()
+        yield
+        self.move("127.0.0.1", self.server.port)
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        self.server.stop("fast")
+        yield
+        self.server.start()
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        self.server.signal(signal.SIGSTOP)
+        yield
+        self.server.signal(signal.SIGCONT)
+
+    @contextmanager
+    def full(self) -> Iterator[None]:
+        self.cut_connections()
+        with ExitStack() as stack:
+            with pytest.raises(psycopg2.OperationalError, match="too many clients"):
+                while True:
+                    connection = psycopg2.connect(self.server.url)
+                    stack.enter_context(closing(connection))
+            yield
+
+    @contextmanager
+    def read_only(self) -> Iterator[None]:
+        setting = "default_transaction_read_only"
+        for change in [f"SET {setting} = on", f"RESET {setting}"]:
+            query(self.server.url, f"ALTER SYSTEM {change}")
+            query(self.server.url, "SELECT pg_reload_conf()")
+            value = "on" if "=" in change else "off"
+            show = f"SHOW {setting}"
+            wait_until(lambda: query(self.server.url, show) == [(value,)], 5)  # noqa: B023
+            if value == "on":
+                yield
+
+    @contextmanager
+    def unresolvable(self) -> Iterator[None]:
+        with self.moved("no-such-host.invalid", 5432):
+            yield
+
+    @contextmanager
+    def silent(self) -> Iterator[None]:
+        with (
+            socket.create_server(("127.0.0.1", 0)) as server,
+            self.moved(*server.getsockname()),
+        ):
+            yield
+
+    @contextmanager
+    def black_holed(self) -> Iterator[None]:
+        with socket.create_server(("127.0.0.1", 0), backlog=0) as server:
+            address = server.getsockname()
+            with socket.create_connection(address), self.moved(*address):
+                yield
+
+
+@pytest.fixture(scope="session")
+def database(
+    postgresql: PostgreSQL, tmp_path_factory: pytest.TempPathFactory
+) -> MovableDatabase:
+    return MovableDatabase(postgresql, tmp_path_factory.mktemp("libpq"))
+
+
+@pytest.fixture(scope="session")
+def outliving_service(
+    database: MovableDatabase, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Service]:
+    """One process that goes through every outage."""
+    with serve(tmp_path_factory.mktemp("outages"), **database.settings) as service:
+        yield service
+
+
+@pytest.mark.parametrize(
+    "outage",
+    [
+        MovableDatabase.stopped,
+        MovableDatabase.frozen,
+        MovableDatabase.full,
+        MovableDatabase.read_only,
+        MovableDatabase.unresolvable,
+        MovableDatabase.silent,
+        MovableDatabase.black_holed,
+    ],
+    ids=lambda outage: outage.__name__,
+)
+def test_an_outage_is_503_within_5_seconds_and_needs_no_restart(
+    outliving_service: Service,
+    database: MovableDatabase,
+    outage: Callable[[MovableDatabase], AbstractContextManager[None]],
+) -> None:
+    url = f"{outliving_service.url}/users"
+    lines_before = len(outliving_service.log.splitlines())
+    failed = []
+    with outage(database):
+        for _ in range(2):
+            started = time.monotonic()
+            failed.append(httpx.post(url, json=new_user(), timeout=30))
+
+            assert time.monotonic() - started < 5
+    back = time.monotonic()
+    while (answer := httpx.post(url, json=new_user())).status_code != 201:
+        failed.append(answer)
+    log = outliving_service.log.splitlines()[lines_before:]
+
+    assert time.monotonic() - back < 2
+    for answer in failed:
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
+        assert answer.json() == {"detail": "Database unavailable"}
+    assert len(log) <= len(failed)
+    assert not re.search("Traceback|INSERT INTO|secret|ada|@", "".join(log))
+
+
+def test_health_is_503_without_the_database(
+    outliving_service: Service, database: MovableDatabase
+) -> None:
+    with database.stopped():
+        assert httpx.get(f"{outliving_service.url}/health").status_code == 503
+    wait_until(lambda: httpx.get(f"{outliving_service.url}/health").is_success, 2)
+
+
+def test_a_frozen_database_holds_up_only_what_needs_it(
+    outliving_service: Service, database: MovableDatabase
+) -> None:
+    url = outliving_service.url
+    with database.frozen(), ThreadPoolExecutor(12) as threads:
+        started = time.monotonic()
+        burst = [
+            threads.submit(httpx.get, f"{url}/users/1", timeout=30) for _ in range(12)
+        ]
+        others = [
+            httpx.get(f"{url}/users/x", timeout=1).status_code,
+            httpx.post(f"{url}/users", json={}, timeout=1).status_code,
+            httpx.put(f"{url}/users", json={}, timeout=1).status_code,
+            httpx.get(f"{url}/docs", timeout=1).status_code,
+        ]
+        statuses = [answer.result().status_code for answer in burst]
+
+        assert time.monotonic() - started < 20
+        assert others == [422, 422, 405, 200]
+        assert statuses == [503] * 12
+
+
+def test_idle_connections_killed_on_the_server_cost_nothing(
+    outliving_service: Service, database: MovableDatabase
+) -> None:
+    url = f"{outliving_service.url}/users"
+    with ThreadPoolExecutor(5) as threads:
+        before = list(threads.map(lambda _: httpx.post(url, json=new_user()), range(9)))
+        database.cut_connections()
+        after = list(threads.map(lambda _: httpx.post(url, json=new_user()), range(9)))
+
+    assert {answer.status_code for answer in before + after} == {201}
+
+
+class Writers:
+    """Eight clients that create users until told to stop, and note each answer."""
+
+    def __init__(self, service: Service) -> None:
+        self.url = f"{service.url}/users"
+        self.acknowledged: list[str] = []
+        self.statuses: Counter[int] = Counter()
+        self.stop = Event()
+
+    def write(self) -> None:
+        with httpx.Client(timeout=30) as client:
+            while not self.stop.is_set():
+                user = new_user()
+                try:
+                    answer = client.post(self.url, json=user)
+                except httpx.TransportError:
+                    continue
+                self.statuses[answer.status_code] += 1
+                if answer.status_code == 201:
+                    self.acknowledged.append(user["email"])
+
+    def wait_for_more(self) -> None:
+        enough = len(self.acknowledged) + 100
+        wait_until(lambda: len(self.acknowledged) >= enough, 20)
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        with ThreadPoolExecutor(8) as threads:
+            for _ in range(8):
+                threads.submit(self.write)
+            try:
+                yield
+            finally:
+                self.stop.set()
+
+    def lost(self, database_url: str) -> list[str]:
+        """The acknowledged emails that are not in the database exactly once."""
+        stored = Counter(
+            row[0] for row in query(database_url, "SELECT email FROM users")
+        )
+        return [email for email in self.acknowledged if stored[email] != 1]
+
+
+def test_no_acknowledged_user_is_lost_when_the_service_is_killed(
+    tmp_path: Path, database_url: str
+) -> None:
+    with serve(tmp_path, DATABASE_URL=database_url) as service:
+        writers = Writers(service)
+        with writers.at_work():
+            writers.wait_for_more()
+            service.kill()
+    with serve(tmp_path, DATABASE_URL=database_url):
+        assert writers.acknowledged
+        assert writers.lost(database_url) == []
+
+
+def test_no_acknowledged_user_is_lost_when_postgresql_crashes(
+    outliving_service: Service, database: MovableDatabase
+) -> None:
+    writers = Writers(outliving_service)
+    with writers.at_work():
+        writers.wait_for_more()
+        database.server.stop("immediate")
+        failed = writers.statuses[503]
+        wait_until(lambda: writers.statuses[503] > failed, 5)
+        database.server.start()
+        writers.wait_for_more()
+
+    assert set(writers.statuses) == {201, 503}
+    assert writers.lost(database.server.url) == []
+
+
+def test_a_request_in_flight_is_answered_before_the_process_stops(
+    tmp_path: Path, database_url: str
+) -> None:
+    connection: sqlite3.Connection | psycopg2.extensions.connection
+    if database_url.startswith("sqlite"):
+        connection = sqlite3.connect(database_url.removeprefix("sqlite:///"))
+        lock = "BEGIN IMMEDIATE"
+    else:
+        connection = psycopg2.connect(database_url)
+        lock = "LOCK TABLE users IN EXCLUSIVE MODE"
+    with (
+        closing(connection),
+        serve(tmp_path, DATABASE_URL=database_url) as service,
+        ThreadPoolExecutor() as threads,
+    ):
+        connection.cursor().execute(lock)
+        post = threads.submit(httpx.post, f"{service.url}/users", json=new_user())
+        with pytest.raises(TimeoutError):
+            post.result(timeout=1)
+        service.process.send_signal(signal.SIGTERM)
+        with pytest.raises(TimeoutError):
+            post.result(timeout=1)
+        connection.rollback()
+
+        assert post.result().status_code == 201
+        assert service.process.wait(timeout=5) == -signal.SIGTERM
+
+
+def test_a_stuck_client_does_not_keep_the_process_from_stopping(
+    tmp_path: Path,
+) -> None:
+    head = b"POST /users HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n"
+    head += b"Content-Type: application/json\r\n\r\n"
+    with (
+        serve(tmp_path) as service,
+        socket.create_connection(("127.0.0.1", service.port)) as stuck,
+    ):
+        stuck.sendall(head + b'{"email": "ada@')
+        started = time.monotonic()
+        service.stop()
+
+    assert time.monotonic() - started < 15
+    assert "Traceback" not in service.log
+
+
+@pytest.fixture
+def pgbouncer(postgresql: PostgreSQL) -> Iterator[str]:
+    """The URL of a PgBouncer in transaction mode, in front of the tests' server."""
+    if not shutil.which("pgbouncer"):
+        pytest.skip("pgbouncer is not installed")
+    port = find_free_port()
+    with TemporaryDirectory() as folder:
+        settings = Path(folder) / "pgbouncer.ini"
+        settings.write_text(
+            f"[databases]\npostgres = host=127.0.0.1 port={postgresql.port} user=ada\n"
+            f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\n"
+            "auth_type = any\npool_mode = transaction\ndefault_pool_size = 2\n"
+            "unix_socket_dir =\n"
+        )
+        if postgresql.user:
+            shutil.chown(folder, postgresql.user)
+        process = subprocess.Popen(
+            ["pgbouncer", settings],
+            user=postgresql.user,
+            group=postgresql.user,
+            stderr=subprocess.DEVNULL,
+        )
+        yield f"postgresql://ada@127.0.0.1:{port}/postgres"
+        process.terminate()
+        process.wait()
+
+
+def test_it_works_and_fails_in_time_through_pgbouncer_in_transaction_mode(
+    tmp_path: Path, pgbouncer: str, database: MovableDatabase
+) -> None:
+    with (
+        serve(tmp_path, DATABASE_URL=pgbouncer, WEB_CONCURRENCY="2") as service,
+        ThreadPoolExecutor(20) as threads,
+    ):
+        url = f"{service.url}/users"
+        posts = threads.map(lambda _: httpx.post(url, json=new_user()), range(100))
+        created = [post.headers["location"] for post in posts]
+        fetched = threads.map(lambda path: httpx.get(service.url + path), created)
+        statuses = Counter(answer.status_code for answer in fetched)
+        with database.frozen():
+            started = time.monotonic()
+            frozen = httpx.post(url, json=new_user(), timeout=30).status_code
+            seconds = time.monotonic() - started
+        wait_until(lambda: httpx.post(url, json=new_user()).status_code == 201, 2)
+
+    assert statuses == {200: 100}
+    assert (frozen, seconds < 5) == (503, True)
