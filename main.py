@@ -1,25 +1,32 @@
 """A users service: create a user, fetch a user. The environment configures it."""
 
+import json
 import logging
 import os
+import re
 import sqlite3
 import sys
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from secrets import compare_digest
 from select import POLLIN, POLLOUT, poll
 from traceback import extract_tb
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import anyio
 import psycopg2
 from anyio.to_thread import current_default_thread_limiter
 from fastapi import Depends, FastAPI, HTTPException, Path, Request, Response
 from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, RedirectResponse
+from fastapi.routing import APIRoute
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from psycopg2.errors import ReadOnlySqlTransaction
 from psycopg2.extensions import POLL_OK, POLL_READ, set_wait_callback
 from psycopg2.extensions import connection as PGConnection
+from pydantic import BeforeValidator
 from sqlalchemy import URL, bindparam, event, make_url, text
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import (
@@ -36,7 +43,8 @@ from sqlmodel import Session, SQLModel, create_engine, select
 
 from models import MAX_ID, Message, User, UserCreate, UserRead
 
-DATABASE_TIMEOUT = 4  # seconds for each wait: a request must fail within 5
+MAX_BODY = 65_536  # bytes
+DATABASE_TIMEOUT = 4  # seconds for each wait, so that a request fails within 5
 STARTUP_TIMEOUT = 30  # seconds
 
 logger = logging.getLogger("uvicorn.error")
@@ -52,8 +60,8 @@ def hide_traceback(record: logging.LogRecord) -> bool:
         ]
         record.msg = f"{type(error).__name__} in {' > '.join(places) or 'a library'}"
         record.args = record.exc_info = None
-    elif isinstance(record.msg, str) and record.msg.startswith("Traceback"):
-        record.msg = record.msg.strip().rpartition("\n")[2]  # of a failed start-up
+    elif str(record.msg).startswith("Traceback"):  # a failed start, as text
+        record.msg = record.msg.strip().rpartition("\n")[2]
     return True
 
 
@@ -65,35 +73,39 @@ def refuse_start(problem: str) -> NoReturn:
     sys.exit(3)  # uvicorn would restart a worker that ends with another status
 
 
+def read_setting(name: str, default: str, pattern: str, meaning: str) -> str:
+    value = os.environ.get(name) or default
+    if not re.fullmatch(pattern, value):
+        refuse_start(f"{name} must be {meaning}")
+    return value
+
+
 def read_database_url() -> URL:
+    value = read_setting(
+        "DATABASE_URL",
+        "sqlite:///users.db",
+        r"postgres(ql(\+psycopg2)?)?://.+|sqlite:///(?!:memory:).+",
+        "like postgresql://user:password@host:5432/name or sqlite:///users.db",
+    )
     try:
-        url = make_url(os.environ.get("DATABASE_URL") or "sqlite:///users.db")
+        url = make_url(value)
     except (ArgumentError, ValueError):
-        refuse_start("DATABASE_URL is not a URL like postgresql://user:pass@host/name")
-    if url.drivername in {"postgres", "postgresql", "postgresql+psycopg2"}:
-        # Half of the time for a dead host leaves the rest to the next one in a list.
-        query = {"tcp_user_timeout": str(DATABASE_TIMEOUT * 500)} | dict(url.query)
-        return url.set(drivername="postgresql+psycopg2", query=query)
-    if url.drivername == "sqlite" and url.database not in {None, "", ":memory:"}:
+        refuse_start("DATABASE_URL is malformed")
+    if url.drivername == "sqlite":
         return url
-    refuse_start("DATABASE_URL must begin with postgresql:// or name a sqlite:/// file")
-
-
-def read_pool_size() -> int:
-    value = os.environ.get("DB_POOL_SIZE") or "5"
-    if not (value.isascii() and value.isdecimal() and 1 <= int(value) <= 1000):
-        refuse_start("DB_POOL_SIZE must be a whole number from 1 to 1000")
-    return int(value)
+    # Half of the time for a dead host leaves the rest to the next one in a list.
+    query = {"tcp_user_timeout": str(DATABASE_TIMEOUT * 500), **url.query}
+    return url.set(drivername="postgresql+psycopg2", query=query)
 
 
 DATABASE_URL = read_database_url()
-DB_POOL_SIZE = read_pool_size()
+DB_POOL_SIZE = int(
+    read_setting("DB_POOL_SIZE", "5", "[1-9][0-9]{0,2}", "a number from 1 to 999")
+)
+API_TOKEN = read_setting("API_TOKEN", "", "[!-~]*", "ASCII without spaces")
 
 engine = create_engine(
-    DATABASE_URL,
-    pool_size=DB_POOL_SIZE,
-    max_overflow=0,
-    hide_parameters=True,
+    DATABASE_URL, pool_size=DB_POOL_SIZE, max_overflow=0, hide_parameters=True
 )
 
 
@@ -154,10 +166,24 @@ async def get_session() -> Session:
 
 SessionDep = Annotated[Session, Depends(get_session)]
 
+
+async def check_token(
+    sent: Annotated[
+        HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))
+    ],
+) -> None:
+    if not sent or not compare_digest(sent.credentials.encode(), API_TOKEN.encode()):
+        raise HTTPException(
+            401, "Send Authorization: Bearer <token>", {"WWW-Authenticate": "Bearer"}
+        )
+
+
+PROTECTION = [Depends(check_token)] if API_TOKEN else []
+
 UNAVAILABLE = (OperationalError, InterfaceError, InternalError, TimeoutError)
 
 
-def describe(error: SQLAlchemyError) -> str:
+def describe(error: Exception) -> str:
     """What the driver says, less the address before it and the hints below it."""
     reason = str(getattr(error, "orig", error)).partition("\n")[0]
     return reason.rpartition(": ")[2].strip()
@@ -180,6 +206,8 @@ async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
             "DATABASE_URL is not set: users are kept in the file users.db, "
             "which a PaaS with an ephemeral disk loses at every restart"
         )
+    if not API_TOKEN:
+        logger.warning("API_TOKEN is not set: anyone can create and fetch users")
     address = DATABASE_URL.set(query={}).render_as_string()  # hides the password
     deadline = time.monotonic() + STARTUP_TIMEOUT
     waits = False
@@ -199,6 +227,49 @@ async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
     engine.dispose()
 
 
+NOT_JSON = object()
+
+
+def refuse_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    if len(fields := dict(pairs)) < len(pairs):
+        raise ValueError
+    return fields
+
+
+class StrictRequest(Request):
+    """A request with a bounded body of UTF-8 JSON in which no name stands twice."""
+
+    async def body(self) -> bytes:
+        if not hasattr(self, "_body"):
+            body = bytearray()
+            async for chunk in self.stream():
+                body += chunk
+                if len(body) > MAX_BODY:
+                    raise HTTPException(413, f"The body is over {MAX_BODY} bytes")
+            self._body = bytes(body)
+        return self._body
+
+    async def json(self) -> object:
+        """The document, or `NOT_JSON`, which becomes a 422 after the token's check."""
+        try:
+            return json.loads(
+                (await self.body()).decode(),
+                object_pairs_hook=refuse_duplicates,
+            )
+        except (ValueError, RecursionError):
+            return NOT_JSON
+
+
+class StrictRoute(APIRoute):
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_strictly(request: Request) -> Response:
+            return await handle(StrictRequest(request.scope, request.receive))
+
+        return handle_strictly
+
+
 app = FastAPI(
     title="Users",
     summary="Create a user, fetch a user.",
@@ -207,6 +278,7 @@ app = FastAPI(
     redirect_slashes=False,
     generate_unique_id_function=lambda route: route.name,
     responses={
+        500: {"model": Message, "description": "An unforeseen error"},
         503: {
             "model": Message,
             "description": "The database is unavailable",
@@ -214,15 +286,45 @@ app = FastAPI(
         },
     },
 )
+app.router.route_class = StrictRoute
+if API_TOKEN:
+    app.router.responses[401] = {"model": Message, "description": "No valid token"}
 
 
-@app.exception_handler(OperationalError)
-@app.exception_handler(InterfaceError)
-@app.exception_handler(InternalError)
-@app.exception_handler(TimeoutError)
-async def answer_unavailable(request: Request, error: SQLAlchemyError) -> Response:
+@app.exception_handler(RequestValidationError)
+async def answer_invalid(_: Request, error: RequestValidationError) -> Response:
+    """Name each field and what is wrong with it, without a word of the input."""
+    if isinstance(error.body, bytes):  # FastAPI parses what is declared as JSON only
+        detail = "Send JSON, and the header Content-Type: application/json"
+        return JSONResponse({"detail": detail}, 415)
+    problems = {}
+    for problem in error.errors():
+        kind, place, message = problem["type"], problem["loc"], problem["msg"]
+        if error.body is NOT_JSON:
+            kind, place, message = "json_invalid", ("body",), "The body is not JSON"
+        elif kind == "extra_forbidden":  # the field's name is input
+            known = " and ".join(UserCreate.model_fields)
+            place, message = ("body",), f"Unknown field: only {known} are known"
+        message = message.removeprefix("Value error, ")
+        problems[kind, place] = {"type": kind, "loc": place, "msg": message}
+    return JSONResponse({"detail": list(problems.values())}, 422)
+
+
+async def answer_unavailable(request: Request, error: Exception) -> Response:
     logger.warning("%s %s 503: %s", request.method, request.url.path, describe(error))
     return JSONResponse({"detail": "Database unavailable"}, 503, {"Retry-After": "2"})
+
+
+for unavailable in UNAVAILABLE:
+    app.add_exception_handler(unavailable, answer_unavailable)
+
+
+@app.exception_handler(Exception)
+async def answer_unforeseen(_: Request, __: Exception) -> Response:
+    # Starlette raises the error once more, upon which uvicorn closes the connection.
+    return JSONResponse(
+        {"detail": "Internal Server Error"}, 500, {"Connection": "close"}
+    )
 
 
 @app.get("/", include_in_schema=False)
@@ -243,6 +345,7 @@ def check_health(session: SessionDep) -> dict[str, str]:
     "/users",
     status_code=201,
     response_model=None,  # a model here would cost a second thread hop
+    dependencies=PROTECTION,
     responses={
         201: {
             "model": UserRead,
@@ -250,6 +353,8 @@ def check_health(session: SessionDep) -> dict[str, str]:
             "headers": {"Location": {"schema": {"type": "string"}}},
         },
         409: {"model": Message, "description": "The email is registered already"},
+        413: {"model": Message, "description": f"A body over {MAX_BODY} bytes"},
+        415: {"model": Message, "description": "A body not declared as JSON"},
     },
 )
 def create_user(
@@ -272,9 +377,17 @@ SELECT_USER = select(User.id, User.email, User.full_name).where(
 )
 
 
+def refuse_other_than_digits(value: str) -> str:
+    """Pydantic would take 1.0, +1 and 1_0 as well."""
+    if not re.fullmatch("[0-9]+", value):
+        raise ValueError("An id is a whole number from 1")
+    return value
+
+
 @app.get(
     "/users/{user_id}",
     response_model=None,
+    dependencies=PROTECTION,
     responses={
         200: {"model": UserRead, "description": "The user"},
         404: {"model": Message, "description": "No user has this id"},
@@ -284,10 +397,14 @@ SELECT_USER = select(User.id, User.email, User.full_name).where(
     "/users/{user_id}",
     methods=["GET", "HEAD"],
     response_model=None,
+    dependencies=PROTECTION,
     include_in_schema=False,
 )
 def read_user(
-    user_id: Annotated[int, Path(ge=1, le=MAX_ID)], session: SessionDep
+    user_id: Annotated[
+        int, Path(ge=1, le=MAX_ID), BeforeValidator(refuse_other_than_digits)
+    ],
+    session: SessionDep,
 ) -> UserRead:
     """Fetch a user by the id that its creation answered."""
     with session.begin():

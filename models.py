@@ -5,10 +5,14 @@ from typing import ClassVar
 
 from email_validator import EmailNotValidError, validate_email
 from pydantic import field_validator
-from sqlmodel import BigInteger, Column, Field, Integer, SQLModel
+from sqlmodel import BigInteger, Column, Field, Integer, SQLModel, String
 
 MAX_ID = 2**63 - 1  # PostgreSQL's BIGINT, and SQLite's row id
-NO_CONTROL_CHARACTERS = r"^[^\x00-\x1f\x7f-\x9f]*$"
+CONTROL = r"\x00-\x1f\x7f-\x9f"
+# White space around 1 to 200 characters: a JSON Schema cannot say "trimmed".
+FULL_NAME = rf"^\s*[^\s{CONTROL}]([^{CONTROL}]{{0,198}}[^\s{CONTROL}])?\s*$"
+
+SURROGATE = r"[\ud800-\udfff]"  # JSON can hold a lone one, UTF-8 cannot
 
 
 class UserBase(SQLModel):
@@ -24,12 +28,11 @@ class UserBase(SQLModel):
         },
     )
     full_name: str = Field(
-        min_length=1,
-        max_length=200,
-        description="In any script, trimmed, without control characters.",
+        sa_type=String(200),
+        description="1 to 200 characters of any script, trimmed, no control characters",
         schema_extra={
             "examples": ["Ada Lovelace"],
-            "json_schema_extra": {"pattern": NO_CONTROL_CHARACTERS},
+            "json_schema_extra": {"pattern": FULL_NAME},
         },
     )
 
@@ -47,7 +50,7 @@ class User(UserBase, table=True):
 
 
 class UserCreate(UserBase):
-    model_config = {"extra": "forbid", "str_strip_whitespace": True}
+    model_config = {"extra": "forbid"}
 
     @field_validator("email")
     @classmethod
@@ -61,10 +64,10 @@ class UserCreate(UserBase):
 
     @field_validator("full_name")
     @classmethod
-    def refuse_control_characters(cls, full_name: str) -> str:
-        if not re.fullmatch(NO_CONTROL_CHARACTERS, full_name):
-            raise ValueError("A name cannot contain control characters")
-        return full_name
+    def trim_full_name(cls, full_name: str) -> str:
+        if not re.fullmatch(FULL_NAME, full_name) or re.search(SURROGATE, full_name):
+            raise ValueError("A name has 1 to 200 characters, no control characters")
+        return full_name.strip()
 
 
 class UserId(SQLModel):
