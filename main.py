@@ -84,7 +84,7 @@ def read_database_url() -> URL:
     value = read_setting(
         "DATABASE_URL",
         "sqlite:///users.db",
-        r"postgres(ql(\+psycopg2)?)?://.+|sqlite:///(?!:memory:).+",
+        r"postgres(ql(\+psycopg2)?)?://.+|sqlite:///(?!:memory:|.*mode=memory).+",
         "like postgresql://user:password@host:5432/name or sqlite:///users.db",
     )
     try:
@@ -178,7 +178,18 @@ async def check_token(
         )
 
 
-PROTECTION = [Depends(check_token)] if API_TOKEN else []
+ERRORS: dict[int | str, dict[str, Any]] = {
+    500: {"model": Message, "description": "An unforeseen error"},
+    503: {
+        "model": Message,
+        "description": "The database is unavailable",
+        "headers": {"Retry-After": {"schema": {"type": "integer"}}},
+    },
+}
+PROTECTION = []
+if API_TOKEN:
+    PROTECTION = [Depends(check_token)]
+    ERRORS[401] = {"model": Message, "description": "The token is missing or wrong"}
 
 UNAVAILABLE = (OperationalError, InterfaceError, InternalError, TimeoutError)
 
@@ -277,18 +288,9 @@ app = FastAPI(
     lifespan=lifespan,
     redirect_slashes=False,
     generate_unique_id_function=lambda route: route.name,
-    responses={
-        500: {"model": Message, "description": "An unforeseen error"},
-        503: {
-            "model": Message,
-            "description": "The database is unavailable",
-            "headers": {"Retry-After": {"schema": {"type": "integer"}}},
-        },
-    },
+    responses=ERRORS,
 )
 app.router.route_class = StrictRoute
-if API_TOKEN:
-    app.router.responses[401] = {"model": Message, "description": "No valid token"}
 
 
 @app.exception_handler(RequestValidationError)

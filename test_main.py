@@ -391,6 +391,7 @@ def test_without_a_database_url_users_go_to_a_file_and_the_log_warns_once(
         {"DATABASE_URL": "mysql://ada:secret@localhost/users"},
         {"DATABASE_URL": "sqlite://"},
         {"DATABASE_URL": "sqlite:///:memory:"},
+        {"DATABASE_URL": "sqlite:///file:x?mode=memory&uri=true"},
         {"DB_POOL_SIZE": "0"},
         {"DB_POOL_SIZE": "many"},
         {"API_TOKEN": "a secret"},
