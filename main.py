@@ -9,6 +9,8 @@ import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
+from math import inf
 from secrets import compare_digest
 from select import POLLIN, POLLOUT, poll
 from traceback import extract_tb
@@ -23,12 +25,12 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, RedirectResponse
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from psycopg2.errors import ReadOnlySqlTransaction
+from psycopg2.errors import QueryCanceled, ReadOnlySqlTransaction
 from psycopg2.extensions import POLL_OK, POLL_READ, set_wait_callback
 from psycopg2.extensions import connection as PGConnection
 from pydantic import BeforeValidator
-from sqlalchemy import URL, bindparam, event, make_url, text
-from sqlalchemy.engine import ExceptionContext
+from sqlalchemy import Engine, bindparam, event, make_url, text
+from sqlalchemy.engine import Connection, ExceptionContext
 from sqlalchemy.exc import (
     ArgumentError,
     IntegrityError,
@@ -39,15 +41,19 @@ from sqlalchemy.exc import (
     SQLAlchemyError,
     TimeoutError,
 )
+from sqlalchemy.pool import ConnectionPoolEntry
 from sqlmodel import Session, SQLModel, create_engine
 
 from models import MAX_ID, Message, UserCreate, UserRead
 
 MAX_BODY = 65_536  # bytes
-DATABASE_TIMEOUT = 4  # seconds for each wait, so that a request fails within 5
+DATABASE_TIMEOUT = 4  # seconds in which a request must be done with PostgreSQL
 STARTUP_TIMEOUT = 30  # seconds
 
 logger = logging.getLogger("uvicorn.error")
+
+# No callback can end a name's lookup, which by default takes 10 seconds to fail.
+os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:2")
 
 
 def hide_traceback(record: logging.LogRecord) -> bool:
@@ -80,33 +86,39 @@ def read_setting(name: str, default: str, pattern: str, meaning: str) -> str:
     return value
 
 
-def read_database_url() -> URL:
+def connect_engine() -> Engine:
     value = read_setting(
         "DATABASE_URL",
         "sqlite:///users.db",
-        r"postgres(ql(\+psycopg2)?)?://.+|sqlite:///(?!:memory:|.*mode=memory).+",
+        r"postgres(ql(\+psycopg2)?)?://.+|sqlite:///(?!:memory:)[^?]+",
         "like postgresql://user:password@host:5432/name or sqlite:///users.db",
     )
     try:
         url = make_url(value)
-    except (ArgumentError, ValueError):
+        if "@" in (url.host or ""):
+            raise ValueError  # from a password with an @ that is not written %40
+        if url.drivername.startswith("postgres"):
+            # Half of the time for a dead host leaves the rest to the next in a list.
+            query = {"tcp_user_timeout": str(DATABASE_TIMEOUT * 500), **url.query}
+            url = url.set(drivername="postgresql+psycopg2", query=query)
+        return create_engine(
+            url, pool_size=DB_POOL_SIZE, max_overflow=0, hide_parameters=True
+        )
+    except (ArgumentError, TypeError, ValueError):
         refuse_start("DATABASE_URL is malformed")
-    if url.drivername == "sqlite":
-        return url
-    # Half of the time for a dead host leaves the rest to the next one in a list.
-    query = {"tcp_user_timeout": str(DATABASE_TIMEOUT * 500), **url.query}
-    return url.set(drivername="postgresql+psycopg2", query=query)
 
 
-DATABASE_URL = read_database_url()
 DB_POOL_SIZE = int(
     read_setting("DB_POOL_SIZE", "5", "[1-9][0-9]{0,2}", "a number from 1 to 999")
 )
 API_TOKEN = read_setting("API_TOKEN", "", "[!-~]*", "ASCII without spaces")
 
-engine = create_engine(
-    DATABASE_URL, pool_size=DB_POOL_SIZE, max_overflow=0, hide_parameters=True
-)
+engine = connect_engine()
+
+# Of each request: when it came, and by when it must be done with PostgreSQL.
+received: ContextVar[float] = ContextVar("received", default=inf)
+deadline: ContextVar[float] = ContextVar("deadline", default=0)
+last_timeout = 0.0
 
 
 def configure_sqlite(connection: sqlite3.Connection, _: object) -> None:
@@ -116,31 +128,58 @@ def configure_sqlite(connection: sqlite3.Connection, _: object) -> None:
 
 
 def wait_with_deadline(connection: PGConnection) -> None:
-    """Raise when PostgreSQL leaves a connect, query or commit without an answer.
+    """Raise when PostgreSQL takes longer over a request than `DATABASE_TIMEOUT`.
 
-    Server-side and TCP timeouts end no wait for a server that is frozen.
+    A request that stood in line during a timeout fails at once, or the last of many
+    would wait for all before it. On a frozen server, no server-side timeout helps.
     """
-    deadline = time.monotonic() + DATABASE_TIMEOUT
+    if not deadline.get():
+        deadline.set(time.monotonic() + DATABASE_TIMEOUT)
+        if received.get() < last_timeout:
+            raise psycopg2.OperationalError("no answer to the requests before this one")
     while (state := connection.poll()) != POLL_OK:
+        left = deadline.get() - time.monotonic()
         socket = poll()
         socket.register(connection.fileno(), POLLIN if state == POLL_READ else POLLOUT)
-        if not socket.poll(max(0, deadline - time.monotonic()) * 1000):
-            raise psycopg2.OperationalError(f"no answer in {DATABASE_TIMEOUT} seconds")
+        if left <= 0 or not socket.poll(left * 1000):
+            raise QueryCanceled(f"no answer in {DATABASE_TIMEOUT} seconds")
 
 
-def replace_closed(connection: PGConnection, _: object, __: object) -> None:
+def limit_statement(
+    _: Connection, __: object, statement: str, parameters: object, *___: object
+) -> tuple[str, object]:
+    """Have the server give up, too, or abandoned waits for a lock would fill it.
+
+    In the same round trip, and for the transaction only, as PgBouncer needs it.
+    """
+    limit = DATABASE_TIMEOUT * 1000 - 500
+    return f"SET LOCAL statement_timeout = {limit}; {statement}", parameters
+
+
+def refuse_other_encodings(connection: PGConnection, _: object) -> None:
+    if connection.info.parameter_status("server_encoding") != "UTF8":
+        raise psycopg2.NotSupportedError("the encoding of the database is not UTF8")
+
+
+def replace_closed(
+    connection: PGConnection, entry: ConnectionPoolEntry, _: object
+) -> None:
     """Have the pool reconnect when the server has closed an idle connection.
 
     Its socket is then readable: this finds out without the round trip of a ping.
     """
     socket = poll()
     socket.register(connection.fileno(), POLLIN)
-    if socket.poll(0):
+    if entry.info.get("used") and socket.poll(0):
         raise InvalidatePoolError
+    entry.info["used"] = True
 
 
-def leave_read_only(context: ExceptionContext) -> None:
-    """Have the pool reconnect, to the new primary, when a failover left it behind."""
+def note_error(context: ExceptionContext) -> None:
+    """Note a timeout; and reconnect, to the new primary, when a failover left us."""
+    global last_timeout
+    if isinstance(context.original_exception, QueryCanceled):
+        last_timeout = time.monotonic()
     if isinstance(context.original_exception, ReadOnlySqlTransaction):
         context.is_disconnect = True
 
@@ -151,8 +190,10 @@ if engine.dialect.name == "sqlite":
 else:
     START_LOCK = "SELECT pg_advisory_xact_lock(8318823012450)"  # any fixed number
     set_wait_callback(wait_with_deadline)
+    event.listen(engine, "connect", refuse_other_encodings)
     event.listen(engine, "checkout", replace_closed)
-    event.listen(engine, "handle_error", leave_read_only)
+    event.listen(engine, "before_cursor_execute", limit_statement, retval=True)
+    event.listen(engine, "handle_error", note_error)
 
 
 async def get_session() -> Session:
@@ -161,6 +202,7 @@ async def get_session() -> Session:
     The end of that block gives its connection back, so that none is held while a
     response is built or sent, and nothing is left to close after the endpoint.
     """
+    received.set(time.monotonic())
     return Session(engine, autobegin=False, expire_on_commit=False)
 
 
@@ -195,9 +237,14 @@ UNAVAILABLE = (OperationalError, InterfaceError, InternalError, TimeoutError)
 
 
 def describe(error: Exception) -> str:
-    """What the driver says, less the address before it and the hints below it."""
-    reason = str(getattr(error, "orig", error)).partition("\n")[0]
-    return reason.rpartition(": ")[2].strip()
+    """What the driver says, less the address before it and the hints below it.
+
+    Of an error from within PostgreSQL the class only: its text may quote a user.
+    """
+    reason = getattr(error, "orig", error)
+    if getattr(reason, "pgcode", None):
+        return type(reason).__name__
+    return str(reason).partition("\n")[0].rpartition(": ")[2].strip()
 
 
 def create_tables() -> None:
@@ -219,8 +266,8 @@ async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
         )
     if not API_TOKEN:
         logger.warning("API_TOKEN is not set: anyone can create and fetch users")
-    address = DATABASE_URL.set(query={}).render_as_string()  # hides the password
-    deadline = time.monotonic() + STARTUP_TIMEOUT
+    address = engine.url.set(query={}).render_as_string()  # hides the password
+    end = time.monotonic() + STARTUP_TIMEOUT
     waits = False
     while True:
         try:
@@ -228,7 +275,7 @@ async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
             break
         except SQLAlchemyError as error:
             reason = describe(error)
-            if not isinstance(error, UNAVAILABLE) or time.monotonic() > deadline:
+            if not isinstance(error, UNAVAILABLE) or time.monotonic() > end:
                 raise RuntimeError(f"Cannot use {address}: {reason}") from None
         if not waits:
             logger.warning("Waiting %d s for %s: %s", STARTUP_TIMEOUT, address, reason)
@@ -372,7 +419,9 @@ def create_user(
     try:
         with session.begin():
             user = session.execute(INSERT_USER, new_user.model_dump()).one()
-    except IntegrityError:  # the unique email: the one check that holds in a race
+    except IntegrityError as error:  # the one check that holds in a race
+        if "email" not in str(error.orig).partition("\n")[0]:
+            raise
         raise HTTPException(409, "Email already registered") from None
     response.headers["Location"] = f"/users/{user.id}"
     return UserRead.model_validate(user)

@@ -86,7 +86,7 @@ def throwaway_postgresql() -> Iterator[str]:
                 stdout=subprocess.DEVNULL,
             )
 
-        run("initdb", "-U", "bench", "-A", "trust")
+        run("initdb", "-U", "bench", "-A", "trust", "-E", "UTF8")
         options = f"-p {PORT + 1} -k '' -c shared_buffers=1GB -c max_wal_size=4GB"
         run("pg_ctl", "-w", "-o", options, "-l", f"{folder}/log", "start")
         try:
