@@ -44,7 +44,7 @@ from sqlalchemy.exc import (
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlmodel import Session, SQLModel, create_engine
 
-from models import MAX_ID, Message, UserCreate, UserRead
+from models import MAX_ID, Message, User, UserCreate, UserRead
 
 MAX_BODY = 65_536  # bytes
 DATABASE_TIMEOUT = 4  # seconds in which a request must be done with PostgreSQL
@@ -66,7 +66,7 @@ def hide_traceback(record: logging.LogRecord) -> bool:
         ]
         record.msg = f"{type(error).__name__} in {' > '.join(places) or 'a library'}"
         record.args = record.exc_info = None
-    elif str(record.msg).startswith("Traceback"):  # a failed start, as text
+    elif str(record.msg).startswith("Traceback"):  # how uvicorn logs a failed start
         record.msg = record.msg.strip().rpartition("\n")[2]
     return True
 
@@ -99,7 +99,8 @@ def connect_engine() -> Engine:
             raise ValueError  # from a password with an @ that is not written %40
         if url.drivername.startswith("postgres"):
             # Half of the time for a dead host leaves the rest to the next in a list.
-            query = {"tcp_user_timeout": str(DATABASE_TIMEOUT * 500), **url.query}
+            milliseconds = DATABASE_TIMEOUT * 1000 // 2
+            query = {"tcp_user_timeout": str(milliseconds), **url.query}
             url = url.set(drivername="postgresql+psycopg2", query=query)
         return create_engine(
             url, pool_size=DB_POOL_SIZE, max_overflow=0, hide_parameters=True
@@ -139,9 +140,9 @@ def wait_with_deadline(connection: PGConnection) -> None:
             raise psycopg2.OperationalError("no answer to the requests before this one")
     while (state := connection.poll()) != POLL_OK:
         left = deadline.get() - time.monotonic()
-        socket = poll()
-        socket.register(connection.fileno(), POLLIN if state == POLL_READ else POLLOUT)
-        if left <= 0 or not socket.poll(left * 1000):
+        poller = poll()
+        poller.register(connection.fileno(), POLLIN if state == POLL_READ else POLLOUT)
+        if left <= 0 or not poller.poll(left * 1000):
             raise QueryCanceled(f"no answer in {DATABASE_TIMEOUT} seconds")
 
 
@@ -161,16 +162,16 @@ def refuse_other_encodings(connection: PGConnection, _: object) -> None:
         raise psycopg2.NotSupportedError("the encoding of the database is not UTF8")
 
 
-def replace_closed(
+def refuse_closed(
     connection: PGConnection, entry: ConnectionPoolEntry, _: object
 ) -> None:
     """Have the pool reconnect when the server has closed an idle connection.
 
     Its socket is then readable: this finds out without the round trip of a ping.
     """
-    socket = poll()
-    socket.register(connection.fileno(), POLLIN)
-    if entry.info.get("used") and socket.poll(0):
+    poller = poll()
+    poller.register(connection.fileno(), POLLIN)
+    if entry.info.get("used") and poller.poll(0):
         raise InvalidatePoolError
     entry.info["used"] = True
 
@@ -189,9 +190,9 @@ if engine.dialect.name == "sqlite":
     event.listen(engine, "connect", configure_sqlite)
 else:
     START_LOCK = "SELECT pg_advisory_xact_lock(8318823012450)"  # any fixed number
-    set_wait_callback(wait_with_deadline)
+    set_wait_callback(wait_with_deadline)  # for all of psycopg2 in this process
     event.listen(engine, "connect", refuse_other_encodings)
-    event.listen(engine, "checkout", replace_closed)
+    event.listen(engine, "checkout", refuse_closed)
     event.listen(engine, "before_cursor_execute", limit_statement, retval=True)
     event.listen(engine, "handle_error", note_error)
 
@@ -201,6 +202,7 @@ async def get_session() -> Session:
 
     The end of that block gives its connection back, so that none is held while a
     response is built or sent, and nothing is left to close after the endpoint.
+    Being async and without I/O, this function needs no thread.
     """
     received.set(time.monotonic())
     return Session(engine, autobegin=False, expire_on_commit=False)
@@ -244,7 +246,8 @@ def describe(error: Exception) -> str:
     reason = getattr(error, "orig", error)
     if getattr(reason, "pgcode", None):
         return type(reason).__name__
-    return str(reason).partition("\n")[0].rpartition(": ")[2].strip()
+    first_line = str(reason).partition("\n")[0]
+    return re.sub("^(connection to|could not translate) .*?: ", "", first_line)
 
 
 def create_tables() -> None:
@@ -276,7 +279,9 @@ async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
         except SQLAlchemyError as error:
             reason = describe(error)
             if not isinstance(error, UNAVAILABLE) or time.monotonic() > end:
-                raise RuntimeError(f"Cannot use {address}: {reason}") from None
+                raise RuntimeError(
+                    f"Cannot use DATABASE_URL, {address}: {reason}"
+                ) from None
         if not waits:
             logger.warning("Waiting %d s for %s: %s", STARTUP_TIMEOUT, address, reason)
             waits = True
@@ -346,15 +351,16 @@ async def answer_invalid(_: Request, error: RequestValidationError) -> Response:
     if isinstance(error.body, bytes):  # FastAPI parses what is declared as JSON only
         detail = "Send JSON, and the header Content-Type: application/json"
         return JSONResponse({"detail": detail}, 415)
-    problems = {}
+    if error.body is NOT_JSON:
+        problem = {"type": "json_invalid", "loc": ["body"], "msg": "This is not JSON"}
+        return JSONResponse({"detail": [problem]}, 422)
+    problems = {}  # by type and place, since there may be thousands of unknown fields
     for problem in error.errors():
-        kind, place, message = problem["type"], problem["loc"], problem["msg"]
-        if error.body is NOT_JSON:
-            kind, place, message = "json_invalid", ("body",), "The body is not JSON"
-        elif kind == "extra_forbidden":  # the field's name is input
-            known = " and ".join(UserCreate.model_fields)
-            place, message = ("body",), f"Unknown field: only {known} are known"
-        message = message.removeprefix("Value error, ")
+        kind, place = problem["type"], problem["loc"]
+        message = problem["msg"].removeprefix("Value error, ")
+        if kind == "extra_forbidden":  # the field's name is input
+            known = ", ".join(UserCreate.model_fields)
+            place, message = ("body",), f"Unknown field: these are known: {known}"
         problems[kind, place] = {"type": kind, "loc": place, "msg": message}
     return JSONResponse({"detail": list(problems.values())}, 422)
 
@@ -390,8 +396,8 @@ def check_health(session: SessionDep) -> dict[str, str]:
     return {"status": "ok"}
 
 
-# Built once, and for rows: objects would double what an endpoint costs.
-users = SQLModel.metadata.tables["users"]
+# Core statements, built once: ORM objects would cost half as much again.
+users = SQLModel.metadata.tables[User.__tablename__]
 INSERT_USER = users.insert().returning(users)
 SELECT_USER = users.select().where(users.c.id == bindparam("user_id"))
 
@@ -407,7 +413,7 @@ SELECT_USER = users.select().where(users.c.id == bindparam("user_id"))
             "description": "The user, at `Location`",
             "headers": {"Location": {"schema": {"type": "string"}}},
         },
-        409: {"model": Message, "description": "The email is registered already"},
+        409: {"model": Message, "description": "A user has this email"},
         413: {"model": Message, "description": f"A body over {MAX_BODY} bytes"},
         415: {"model": Message, "description": "A body not declared as JSON"},
     },
@@ -415,7 +421,11 @@ SELECT_USER = users.select().where(users.c.id == bindparam("user_id"))
 def create_user(
     new_user: UserCreate, session: SessionDep, response: Response
 ) -> UserRead:
-    """Register an email, in any case, with a name."""
+    """Create a user with a name and an email that no other user has.
+
+    After a 503 the user may be there all the same: send it again, and take a 409 for
+    success.
+    """
     try:
         with session.begin():
             user = session.execute(INSERT_USER, new_user.model_dump()).one()
@@ -427,8 +437,8 @@ def create_user(
     return UserRead.model_validate(user)
 
 
-def refuse_other_than_digits(value: str) -> str:
-    """Pydantic would take 1.0, +1 and 1_0 as well."""
+def require_digits(value: str) -> str:
+    """Refuse 1.0, +1 and 1_0, which Pydantic takes for integers."""
     if not re.fullmatch("[0-9]+", value):
         raise ValueError("An id is a whole number from 1")
     return value
@@ -443,7 +453,7 @@ def refuse_other_than_digits(value: str) -> str:
         404: {"model": Message, "description": "No user has this id"},
     },
 )
-@app.api_route(
+@app.api_route(  # takes the requests, so that a 405 allows HEAD too; not documented
     "/users/{user_id}",
     methods=["GET", "HEAD"],
     response_model=None,
@@ -452,7 +462,9 @@ def refuse_other_than_digits(value: str) -> str:
 )
 def read_user(
     user_id: Annotated[
-        int, Path(ge=1, le=MAX_ID), BeforeValidator(refuse_other_than_digits)
+        int,
+        Path(ge=1, le=MAX_ID, json_schema_extra={"format": "int64"}),
+        BeforeValidator(require_digits),
     ],
     session: SessionDep,
 ) -> UserRead:

@@ -19,8 +19,8 @@ class UserBase(SQLModel):
     email: str = Field(
         max_length=254,  # RFC 5321's longest address
         unique=True,
-        description="ASCII, lower-cased: one user whatever the case. "
-        "An internationalised domain is written in its `xn--` form. "
+        description="In any case; stored and answered in lower case. ASCII only: "
+        "an internationalised domain is written in its `xn--` form. "
         "Quoted names and reserved domains such as `.test` are refused.",
         schema_extra={
             "examples": ["ada@example.com"],
@@ -56,6 +56,7 @@ class UserCreate(UserBase):
     @classmethod
     def normalize_email(cls, email: str) -> str:
         try:
+            # As bytes, it must be ASCII.
             validate_email(email.encode(), check_deliverability=False)
         except EmailNotValidError as error:
             # After a colon or a parenthesis, the message quotes the input.
@@ -70,12 +71,12 @@ class UserCreate(UserBase):
         return full_name.strip()
 
 
-class UserId(SQLModel):
+class UserId(SQLModel):  # apart, since the fields of a last base come first
     id: int = Field(schema_extra={"json_schema_extra": {"format": "int64"}})
 
 
 class UserRead(UserBase, UserId):
-    """A registered user."""  # the order of the bases puts the id first
+    """A registered user."""
 
 
 class Message(SQLModel):
