@@ -1,5 +1,6 @@
 """A users service: create a user, fetch a user. The environment configures it."""
 
+import gc
 import json
 import logging
 import os
@@ -286,6 +287,9 @@ async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
             logger.warning("Waiting %d s for %s: %s", STARTUP_TIMEOUT, address, reason)
             waits = True
         await anyio.sleep(0.5)
+    # With 1,000 requests in line, collecting at Python's pace costs a fifth of the speed.
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 100)
     yield
     engine.dispose()
 
@@ -396,6 +400,13 @@ def check_health(session: SessionDep) -> dict[str, str]:
     return {"status": "ok"}
 
 
+def require_digits(value: str) -> str:
+    """Refuse 1.0, +1 and 1_0, which Pydantic takes for integers."""
+    if not re.fullmatch("[0-9]+", value):
+        raise ValueError("An id is a whole number from 1")
+    return value
+
+
 # Core statements, built once: ORM objects would cost half as much again.
 users = SQLModel.metadata.tables[User.__tablename__]
 INSERT_USER = users.insert().returning(users)
@@ -435,13 +446,6 @@ def create_user(
         raise HTTPException(409, "Email already registered") from None
     response.headers["Location"] = f"/users/{user.id}"
     return UserRead.model_validate(user)
-
-
-def require_digits(value: str) -> str:
-    """Refuse 1.0, +1 and 1_0, which Pydantic takes for integers."""
-    if not re.fullmatch("[0-9]+", value):
-        raise ValueError("An id is a whole number from 1")
-    return value
 
 
 @app.get(

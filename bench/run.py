@@ -163,6 +163,8 @@ class Server:
             text=True,
         )
         figures: Figures = json.loads(printed.splitlines()[-1])
+        if not figures["requests"]:
+            figures["failures"] = connections  # wrk counts none that is still waiting
         figures["rate"] = figures["requests"] / figures["seconds"]
         used = self.cpu_seconds() - before
         figures["cpu"] = 1000 * used / figures["requests"] if figures["requests"] else 0
@@ -191,10 +193,14 @@ def middle(runs: list[Figures], figure: str) -> float:
     return median(run[figure] for run in runs)
 
 
-def ratio(runs: list[Figures], base: list[Figures], figure: str) -> float:
+def ratio(runs: list[Figures], base: list[Figures], figure: str) -> str:
     """The median over the rounds, each of which compares neighbours in time."""
-    pairs = zip(runs, base, strict=True)
-    return median(run[figure] / max(other[figure], 1e-9) for run, other in pairs)
+    pairs = [
+        (run[figure], other[figure]) for run, other in zip(runs, base, strict=True)
+    ]
+    if not all(own and other for own, other in pairs):
+        return "-"  # nothing was answered
+    return f"{median(own / other for own, other in pairs):.2f}"
 
 
 def print_table(header: str, rows: Iterable[str]) -> None:
@@ -228,7 +234,7 @@ def compare(url: str, arguments: argparse.Namespace) -> None:
         (
             f"{method} | {connections} | {name} | {middle(several, 'rate'):.0f} "
             f"| {middle(several, 'cpu'):.2f} | "
-            f"{ratio(several, runs[method, connections, 'walkthrough'], 'cpu'):.2f} "
+            f"{ratio(several, runs[method, connections, 'walkthrough'], 'cpu')} "
             f"| {middle(several, 'p50'):.1f} | {middle(several, 'p99'):.1f} "
             f"| {sum(run['failures'] for run in several):.0f}"
             for (method, connections, name), several in runs.items()
@@ -274,7 +280,7 @@ def grow(url: str, arguments: argparse.Namespace) -> None:
         "method | rows | requests/s | to the smallest table",
         (
             f"{method} | {rows} | {middle(several, 'rate'):.0f} "
-            f"| {ratio(several, runs[method, *first], 'rate'):.2f}"
+            f"| {ratio(several, runs[method, *first], 'rate')}"
             for (method, rows, _), several in runs.items()
         ),
     )
@@ -305,7 +311,7 @@ def scale(url: str, arguments: argparse.Namespace) -> None:
         f"method | processes at {arguments.share} of a core | requests/s | to one",
         (
             f"{method} | {processes} | {middle(several, 'rate'):.0f} "
-            f"| {ratio(several, runs[method, 1, ''], 'rate'):.2f}"
+            f"| {ratio(several, runs[method, 1, ''], 'rate')}"
             for (method, processes, _), several in runs.items()
         ),
     )
@@ -384,7 +390,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure, and print tables.")
     parser.add_argument("--database-url", help="a PostgreSQL to wipe; or a throwaway")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=int, default=6, help="for each measurement")
+    parser.add_argument("--seconds", type=int, default=8, help="for each measurement")
     parser.add_argument(
         "--connections", type=int, nargs="+", default=[1, 32, 256, 1000]
     )
