@@ -1,6 +1,5 @@
 """A users service: create a user, fetch a user. The environment configures it."""
 
-import asyncio
 import gc
 import logging
 import os
@@ -10,7 +9,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from contextvars import ContextVar
 from functools import partial, wraps
-from itertools import chain, cycle
+from itertools import cycle
 from math import inf
 from secrets import compare_digest
 from select import POLLIN, POLLOUT, poll
@@ -21,6 +20,7 @@ from time import monotonic
 from typing import Annotated, NoReturn, ParamSpec, TypeVar
 
 import anyio
+from anyio.lowlevel import RunVar
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, RedirectResponse
@@ -118,14 +118,16 @@ else:
         """Give libpq addresses, since it would look names up by blocking the loop."""
         # Milliseconds, since psycopg2 has no connect_timeout on the loop.
         cparams.setdefault("tcp_user_timeout", f"{REQUEST_TIMEOUT * 1000 // 2}")
+        if not in_greenlet() and deadline.get() - monotonic() < REQUEST_TIMEOUT / 2:
+            raise TimeoutError  # in a thread, a lookup may go on for 2 seconds
         if not in_greenlet() or "host" not in cparams or "hostaddr" in cparams:
             return
         hosts = cparams["host"].split(",")
         ports = cycle(str(cparams.get("port", "")).split(","))  # one may be for all
-        found = await_(asyncio.gather(*map(look_up, hosts, ports)))
-        if not any(found):
+        found = [it for place in zip(hosts, ports) for it in await_(look_up(*place))]
+        if not found:
             raise exc.OperationalError(None, None, gaierror("host name not found"))
-        for key, values in zip(("host", "hostaddr", "port"), zip(*chain(*found))):
+        for key, values in zip(("host", "hostaddr", "port"), zip(*found)):
             cparams[key] = ",".join(values)
 
     @event.listens_for(engine, "before_cursor_execute", retval=True)
@@ -133,13 +135,11 @@ else:
         _: object, cursor: pg.cursor, statement: str, parameters: object, *__: object
     ) -> tuple[str, object]:
         """Have the server give up too, at no round trip, or locks would fill it up."""
-        connection = cursor.connection
-        first = connection.get_transaction_status() == pg.TRANSACTION_STATUS_IDLE
-        plain = not (connection.autocommit or cursor.name)
-        if deadline.get() < inf and first and plain:
+        status = cursor.connection.get_transaction_status()
+        plain = not (cursor.connection.autocommit or cursor.name)
+        if deadline.get() < inf and status == pg.TRANSACTION_STATUS_IDLE and plain:
             # LOCAL, since through PgBouncer the next transaction is somebody else's.
-            limit = f"SET LOCAL statement_timeout = '{REQUEST_TIMEOUT}s'"
-            statement = f"{limit}; {statement}"
+            statement = f"SET LOCAL statement_timeout='{REQUEST_TIMEOUT}s'; {statement}"
         return statement, parameters
 
     @event.listens_for(engine, "handle_error")
@@ -150,21 +150,22 @@ else:
             raise exc.OperationalError(None, None, error)
 
 
-turns = anyio.Semaphore(DB_POOL_SIZE)
+turns = RunVar[anyio.Semaphore]("turns")  # in each event loop: tests have several
 
 
+# The first line: what follows may be hints, or SQL and its values.
 def describe(error: Exception) -> str:
-    """The first line: what follows may be hints, or SQL and its values."""
     return str(error).partition("\n")[0] or "no answer in time"
 
 
 async def get_session() -> AsyncGenerator[Session]:
     """A session for one request, closed before the response is sent, errors or not."""
     deadline.set(monotonic() + REQUEST_TIMEOUT)
+    turns.set(turns.get(anyio.Semaphore(DB_POOL_SIZE)))
     session = Session(engine, expire_on_commit=False, close_resets_only=False)
     try:
         with anyio.fail_after(REQUEST_TIMEOUT):
-            async with turns:
+            async with turns.get():
                 try:
                     yield session
                 finally:
@@ -183,11 +184,8 @@ T = TypeVar("T")
 
 
 def on_loop(endpoint: Callable[P, T]) -> Callable[P, T | Awaitable[T]]:
-    """Run an endpoint on the event loop, where its waits for PostgreSQL are awaited.
-
-    It must not block otherwise. Without this, and on SQLite, FastAPI runs it in a
-    thread: right, but at twice the cost.
-    """
+    """Run an endpoint on the event loop, awaiting PostgreSQL: it must not block else."""
+    # Without this, and on SQLite, FastAPI runs it in a thread: right, at twice the cost.
     if engine.dialect.name == "sqlite":
         return endpoint
     return wraps(endpoint)(partial(greenlet_spawn, endpoint))
@@ -236,7 +234,6 @@ ERROR = {"model": Message}
 
 app = FastAPI(
     title="Users",
-    summary="Create a user, fetch a user.",
     lifespan=lifespan,
     max_body_size=65_536,  # bytes
     responses={401: ERROR, 413: ERROR, 500: ERROR, 503: ERROR},
