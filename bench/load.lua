@@ -1,5 +1,5 @@
--- Arguments: GET and the number of rows to choose from, or POST and a prefix of emails.
--- Prints the figures of the run as one line of JSON.
+-- Arguments: GET and the number of users to choose from, or POST and a prefix of emails.
+-- The last line that it prints is of the run: answers, seconds, failures.
 
 function init(arguments)
   method, argument, count = arguments[1], arguments[2], 0
@@ -15,10 +15,8 @@ function request()
                     user:format(argument, count))
 end
 
-function done(summary, latency, _)
+function done(summary, _, _)
   local errors = summary.errors
-  print(('{"requests": %d, "seconds": %f, "failures": %d, "p50": %f, "p99": %f}'):format(
-    summary.requests, summary.duration / 1e6,
-    errors.connect + errors.read + errors.write + errors.status + errors.timeout,
-    latency:percentile(50) / 1e3, latency:percentile(99) / 1e3))
+  print(summary.requests, summary.duration / 1e6,
+        errors.connect + errors.read + errors.write + errors.status + errors.timeout)
 end
