@@ -13,7 +13,7 @@ from itertools import cycle
 from math import inf
 from secrets import compare_digest
 from select import POLLIN, POLLOUT, poll
-from signal import SIG_DFL, SIGINT, SIGTERM, signal
+from signal import SIGINT, SIGTERM, signal
 from socket import SOCK_STREAM, gaierror
 from threading import current_thread, main_thread
 from time import monotonic
@@ -39,7 +39,7 @@ REQUEST_TIMEOUT = 4  # seconds at the database, the wait for a turn included
 logger = logging.getLogger("uvicorn.error")
 
 
-def end_start(reason: str) -> NoReturn:
+def abort_start(reason: str) -> NoReturn:
     logger.error(reason)
     raise SystemExit(3)  # uvicorn would restart a worker that ends with another status
 
@@ -47,10 +47,11 @@ def end_start(reason: str) -> NoReturn:
 def read_setting(name: str, default: str, pattern: str, meaning: str) -> str:
     value = os.environ.get(name) or default
     if not re.fullmatch(pattern, value):
-        end_start(f"{name} must be {meaning}")
+        abort_start(f"{name} must be {meaning}")
     return value
 
 
+# An @ within the password must be %40, and SQLite in memory would be one a thread.
 DATABASE_URL = read_setting(
     "DATABASE_URL",
     "sqlite:///users.db",
@@ -73,13 +74,13 @@ try:
         max_overflow=-1,  # requests take turns, below; a full pool would block the loop
     )
 except (exc.ArgumentError, ValueError):
-    end_start("DATABASE_URL must have hosts and ports like db.example.com:5432")
+    abort_start("DATABASE_URL must have hosts and ports like db.example.com:5432")
 
 deadline = ContextVar("deadline", default=inf)  # of the request, monotonic seconds
 
 
 def wait_for_postgresql(connection: pg.connection) -> None:
-    """Await in a greenlet, which is on the event loop; block elsewhere, as in threads."""
+    """In a greenlet, await on the event loop; elsewhere, as in a thread, block."""
     try:
         while (state := connection.poll()) != pg.POLL_OK:
             reads = state == pg.POLL_READ
@@ -93,11 +94,11 @@ def wait_for_postgresql(connection: pg.connection) -> None:
             if not poller.poll(None if left == inf else left * 1000):
                 raise TimeoutError
     finally:
-        del connection  # which the frames of an error would keep open
+        del connection  # an error's traceback would keep it open
 
 
 async def look_up(host: str, port: str) -> list[tuple[str, str, str]]:
-    """The host with each of its addresses and the port, none if it is not found."""
+    """The host, an address and the port, for each address; empty if not found."""
     if not host or host.startswith("/"):  # the folder of a socket
         return [(host, "", port)]
     with suppress(gaierror, UnicodeError), anyio.move_on_after(REQUEST_TIMEOUT / 2):
@@ -116,14 +117,14 @@ else:
     @event.listens_for(engine, "do_connect", named=True)
     def look_up_hosts(cparams: dict[str, str], **_: object) -> None:
         """Give libpq addresses, since it would look names up by blocking the loop."""
-        # Milliseconds, since psycopg2 has no connect_timeout on the loop.
+        # Milliseconds; on the loop, libpq ignores connect_timeout.
         cparams.setdefault("tcp_user_timeout", f"{REQUEST_TIMEOUT * 1000 // 2}")
         if not in_greenlet() and deadline.get() - monotonic() < REQUEST_TIMEOUT / 2:
             raise TimeoutError  # in a thread, a lookup may go on for 2 seconds
         if not in_greenlet() or "host" not in cparams or "hostaddr" in cparams:
             return
         hosts = cparams["host"].split(",")
-        ports = cycle(str(cparams.get("port", "")).split(","))  # one may be for all
+        ports = cycle(str(cparams.get("port", "")).split(","))  # one may serve all
         found = [it for place in zip(hosts, ports) for it in await_(look_up(*place))]
         if not found:
             raise exc.OperationalError(None, None, gaierror("host name not found"))
@@ -134,7 +135,7 @@ else:
     def limit_statement(
         _: object, cursor: pg.cursor, statement: str, parameters: object, *__: object
     ) -> tuple[str, object]:
-        """Have the server give up too, at no round trip, or locks would fill it up."""
+        """Time out on the server too, at no round trip, or waits for locks pile up."""
         status = cursor.connection.get_transaction_status()
         plain = not (cursor.connection.autocommit or cursor.name)
         if deadline.get() < inf and status == pg.TRANSACTION_STATUS_IDLE and plain:
@@ -150,11 +151,11 @@ else:
             raise exc.OperationalError(None, None, error)
 
 
-turns = RunVar[anyio.Semaphore]("turns")  # in each event loop: tests have several
+turns = RunVar[anyio.Semaphore]("turns")  # one semaphore in each event loop
 
 
-# The first line: what follows may be hints, or SQL and its values.
 def describe(error: Exception) -> str:
+    """The first line only: the rest may be hints, or SQL and its values."""
     return str(error).partition("\n")[0] or "no answer in time"
 
 
@@ -184,8 +185,8 @@ T = TypeVar("T")
 
 
 def on_loop(endpoint: Callable[P, T]) -> Callable[P, T | Awaitable[T]]:
-    """Run an endpoint on the event loop, awaiting PostgreSQL: it must not block else."""
-    # Without this, and on SQLite, FastAPI runs it in a thread: right, at twice the cost.
+    """Run an endpoint on the event loop, awaiting PostgreSQL; nothing else may block."""
+    # Undecorated, or on SQLite, it runs in a thread: correct, at twice the cost.
     if engine.dialect.name == "sqlite":
         return endpoint
     return wraps(endpoint)(partial(greenlet_spawn, endpoint))
@@ -202,17 +203,17 @@ async def create_tables() -> None:
                 reason = describe(error)
                 logger.warning("Waiting for the database: %s", reason)
             await anyio.sleep(1)
-    end_start(f"No database within 30 seconds: {reason}")
+    abort_start(f"No database within 30 seconds: {reason}")
 
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
     pg.set_wait_callback(wait_for_postgresql)  # for all of psycopg2 in this process
     if not API_TOKEN:
-        logger.warning("Anyone can create and fetch users: to have that, set API_TOKEN")
-    # uvicorn's handlers act when the start is over, which may be in 30 seconds.
+        logger.warning("Anyone can create and fetch users: to stop that, set API_TOKEN")
+    # uvicorn's handlers act only when the start is over, which may be in 30 seconds.
     signals = (SIGINT, SIGTERM) if current_thread() is main_thread() else ()
-    handlers = [signal(number, SIG_DFL) for number in signals]
+    handlers = [signal(it, lambda number, _: os._exit(128 + number)) for it in signals]
     await create_tables()
     for number, handler in zip(signals, handlers):
         signal(number, handler)
@@ -240,14 +241,14 @@ app = FastAPI(
 )
 
 
-# Where messages may quote the input, which may be secret, huge, or no UTF-8.
+# The parts of messages that may quote input, but not what is wrong with an email.
 QUOTE = re.compile(r"(?<!email address): .*| \(.*", re.DOTALL)
 
 
 @app.exception_handler(RequestValidationError)
 async def answer_invalid(_: Request, error: RequestValidationError) -> Response:
-    """Answer as FastAPI does, less the input."""
-    if isinstance(error.body, bytes):  # FastAPI reads what is declared as JSON only
+    """Answer as FastAPI does, without the input: it may be secret, huge, or no UTF-8."""
+    if isinstance(error.body, bytes):  # FastAPI parses only what is declared as JSON
         detail = "Send JSON, and the header Content-Type: application/json"
         return JSONResponse({"detail": detail}, 415)
     problems = [
@@ -259,10 +260,11 @@ async def answer_invalid(_: Request, error: RequestValidationError) -> Response:
 
 @app.exception_handler(Exception)
 async def answer_bug(_: Request, __: Exception) -> Response:
+    # As JSON, like every error.
     return JSONResponse({"detail": "Internal Server Error"}, 500)
 
 
-def hide_message(record: logging.LogRecord) -> bool:
+def filter_log(record: logging.LogRecord) -> bool:
     """Log where an error arose and its class, but not its text: it may quote a user."""
     if record.exc_info:
         kind, _, trace = record.exc_info
@@ -270,12 +272,12 @@ def hide_message(record: logging.LogRecord) -> bool:
     return not str(record.msg).endswith("SystemExit: 3\n")  # after the start's reason
 
 
-logger.addFilter(hide_message)
+logger.addFilter(filter_log)
 
 
 @app.get("/", include_in_schema=False)
 async def redirect_to_docs() -> RedirectResponse:
-    return RedirectResponse("/docs")
+    return RedirectResponse("docs")
 
 
 @app.api_route("/health", methods=["GET", "HEAD"], include_in_schema=False)

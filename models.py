@@ -13,7 +13,7 @@ Name = Annotated[
         strip_whitespace=True,
         min_length=1,
         max_length=200,
-        # Any script, but no control characters, nor what UTF-8 cannot hold.
+        # Any script, but no control characters.
         pattern=r"^[^\x00-\x1f\x7f-\x9f]*$",
     ),
 ]

@@ -335,7 +335,7 @@ def test_an_unknown_id_is_404(service):
 def test_health_and_the_documentation_answer(service):
     assert service.get("/health").json() == {"status": "ok"}
     assert service.head("/health").status_code == 200
-    assert service.get("/").headers["location"] == "/docs"
+    assert service.get("/").headers["location"] == "docs"
     assert "swagger" in service.get("/docs").text
 
 
@@ -534,12 +534,11 @@ def test_a_bad_setting_ends_the_start_with_one_sentence(load_main, caplog, setti
 
 
 def test_a_start_that_fails_is_not_repeated_by_uvicorn(tmp_path):
-    alone = Service(tmp_path, DB_POOL_SIZE="0")
-    in_two = Service(tmp_path, DB_POOL_SIZE="0", WEB_CONCURRENCY="2")
+    service = Service(tmp_path, DB_POOL_SIZE="0", WEB_CONCURRENCY="2")
 
-    assert alone.process.wait(timeout=20) == 3
-    assert in_two.process.wait(timeout=20) == 0  # of uvicorn's parent process
-    assert "Traceback" not in alone.log + in_two.log
+    assert service.process.wait(timeout=20) == 0  # of the parent: its workers' is 3
+    assert "DB_POOL_SIZE must be 1 to 999" in service.log
+    assert not re.search("Traceback|died", service.log)
 
 
 def test_a_wait_for_the_database_in_vain_ends_with_one_line_that_says_why(hopeless):
@@ -557,7 +556,7 @@ def test_the_start_waits_for_the_database_and_sigterm_ends_the_wait(
         for service in (first, second):
             service.wait_for("Waiting for the database")
         first.process.terminate()
-        assert first.process.wait(timeout=1) == -signal.SIGTERM
+        assert first.process.wait(timeout=1) == 128 + signal.SIGTERM
     finally:
         postgresql.start()
     wait_until("the service starts", second.is_ready, 3)
@@ -651,7 +650,7 @@ def send_load(service, connections, requests, path="/users", bodies=None):
     return Counter(chain(*asyncio.run(send_all())))
 
 
-LOADS = [(16, 100), (256, 2), (1000, 1)]
+LOADS = [(10, 100), (256, 2), (1000, 1)]
 
 
 @pytest.mark.parametrize(("connections", "requests"), LOADS)
@@ -681,7 +680,7 @@ def test_400_stuck_clients_do_not_delay_a_request(service):
 def test_clients_that_hang_up_leave_no_memory_behind(service):
     memory = []
     for _ in range(3):
-        for _ in range(500):
+        for _ in range(300):
             with socket.create_connection(("127.0.0.1", service.port)) as client:
                 client.sendall(b"GET /users/1 HTTP/1.1\r\nHost: x\r\n\r\n")
         assert service.create().status_code == 201
@@ -726,7 +725,7 @@ class Database:
 
     def __init__(self, server, folder):
         self.server, self.hosts, self.port = server, folder / "hosts", find_free_port()
-        self.held, self.pause, self.cuts = [], 0, 0
+        self.held, self.pause, self.late, self.cuts = [], 0, 0, 0
         self.name()
         self.listen()
 
@@ -751,12 +750,13 @@ class Database:
                     ).start()
 
     def pass_on(self, source, target):
-        """Send pieces, each up to `pause` seconds late, and cut with odds of `cuts`."""
+        """Send pieces, after a pause, with odds to be seconds late, or cut."""
         with suppress(OSError):
             while data := source.recv(65_536):
                 end = len(data) // 2 if random.random() < self.cuts else len(data)
                 for piece in (data[: end // 2], data[end // 2 : end]):
-                    time.sleep(random.uniform(0, self.pause))
+                    late = random.uniform(2, 5) if random.random() < self.late else 0
+                    time.sleep(self.pause + late)
                     target.sendall(piece)
                 if end < len(data):
                     break
@@ -813,7 +813,7 @@ FAULTS = {  # how each is made, and how it is mended
         Database.give_back,
     ),
     "full": (Database.fill, Database.give_back),
-    "slow": (lambda db: setattr(db, "pause", 1), lambda db: setattr(db, "pause", 0)),
+    "slow": (lambda db: setattr(db, "pause", 0.5), lambda db: setattr(db, "pause", 0)),
     "black-holed": (Database.make_hole, lambda db: (db.give_back(), db.listen())),
     "nameless": (Database.silence_names, lambda db: (db.give_back(), db.name())),
 }
@@ -845,16 +845,15 @@ def bounced(postgresql, tmp_path_factory):
     """The service by a PgBouncer in transaction mode."""
     if not shutil.which("pgbouncer"):
         pytest.skip("PgBouncer is not here: apt install pgbouncer")
-    port = find_free_port()
-    settings = (
+    port, file = find_free_port(), postgresql.folder / "pgbouncer.ini"
+    file.write_text(
         f"[databases]\npostgres = host=127.0.0.1 port={postgresql.port} user=ada\n"
         f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nauth_type = any\n"
         "pool_mode = transaction\ndefault_pool_size = 2\nserver_login_retry = 1\n"
         "unix_socket_dir =\n"
     )
-    (postgresql.folder / "pgbouncer.ini").write_text(settings)
-    command = ["pgbouncer", "-q", postgresql.folder / "pgbouncer.ini"]
-    bouncer = subprocess.Popen(command, user=postgresql.user, stderr=subprocess.DEVNULL)
+    silence = {"stderr": subprocess.DEVNULL}
+    bouncer = subprocess.Popen(["pgbouncer", file], user=postgresql.user, **silence)
     url = f"postgresql://ada@127.0.0.1:{port}/postgres"
     with serve(tmp_path_factory.mktemp("bounced"), DATABASE_URL=url) as service:
         service.database_url = url
@@ -995,10 +994,10 @@ def test_no_acknowledged_user_is_lost_when_postgresql_crashes(database, direct):
 
 def test_a_network_that_delays_splits_and_cuts_mixes_up_no_answers(database, direct):
     with writers(direct) as statuses:
-        database.pause, database.cuts = 0.3, 0.01
-        wait_for_statuses(statuses, 503, 6)
-        wait_for_statuses(statuses, 201, 6)
-        database.pause = database.cuts = 0
+        database.late = database.cuts = 0.03
+        wait_for_statuses(statuses, 503, 10)
+        wait_for_statuses(statuses, 201, 10)
+        database.late = database.cuts = 0
 
     assert set(statuses.values()) == {201, 503}
     assert_kept(database.server.url, statuses)
@@ -1056,15 +1055,11 @@ def test_a_bug_is_a_constant_500_and_its_frames_and_class_are_logged(service):
     assert "marker" not in log
 
 
-def test_sqlite_holds_up_only_what_writes(tmp_path):
-    with serve(tmp_path) as service, ThreadPoolExecutor() as threads:
+def test_sqlite_lets_readers_go_on_beside_a_writer(tmp_path):
+    with serve(tmp_path) as service:
         path = service.create().headers["location"]
         with closing(lock_users(f"sqlite:///{tmp_path}/users.db")):
-            post = threads.submit(time_status, service.create)
-            while not post.done():
-                assert time_status(service.get, path) < (200, 1)
-        assert (post.result()[0], post.result()[1] < 6) == (503, True)
-        assert service.create().status_code == 201
+            assert time_status(service.get, path) < (200, 1)
 
 
 SNIPPETS = {
@@ -1112,11 +1107,11 @@ def test_a_background_task_of_ten_seconds_has_a_session_of_its_own(service):
     wait_until("it ends", lambda: service.has_done("worked for ten seconds"), 20)
 
 
-def test_an_async_endpoint_in_wait_of_a_lock_gives_up_in_time(service, database_url):
-    with closing(lock_users(database_url)):
-        status, seconds = time_status(service.run, f"{ADD}; session.commit()", "-async")
+def test_an_async_endpoint_in_wait_of_a_lock_gives_up_in_time(direct, database):
+    with closing(lock_users(database.server.url)):
+        status, seconds = time_status(direct.run, f"{ADD}; session.commit()", "-async")
 
-    assert (status, seconds < 6) == (503, True)
+    assert (status, seconds < 5) == (503, True)
 
 
 @pytest.mark.parametrize("context", [True, False])
@@ -1159,7 +1154,7 @@ SCRIPT = """
 from main import Session, User, engine, select
 with Session(engine) as session:
     session.add(User(email="script@example.com", full_name="A"))
-    session.connection().exec_driver_sql("SELECT pg_sleep(5)")
+    session.connection().exec_driver_sql("SELECT pg_sleep(4.1)")
     session.commit()
     session.exec(select(User).execution_options(yield_per=2)).first()
 with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
@@ -1221,8 +1216,8 @@ def test_the_readmes_changes_work_word_for_word(tmp_path, postgresql, database_u
         assert service.get(f"/users/{user['id']}").json() == {**user, "nickname": None}
         odd = service.post("/users", json=new_user() | {"nickname": "\x00"})
         assert odd.status_code == 422
-    k = "listed_after or created_user"
-    execute(f".venv/bin/python -m pytest -q -k '({k}) and sqlite'")
+    if url.startswith("sqlite"):
+        execute(".venv/bin/python -m pytest -q -k '(listed or fetched) and sqlite'")
 
 
 if __name__ == "__main__":
