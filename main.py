@@ -45,8 +45,7 @@ def abort_start(reason: str) -> NoReturn:
 
 
 def read_setting(name: str, default: str, pattern: str, meaning: str) -> str:
-    value = os.environ.get(name) or default
-    if not re.fullmatch(pattern, value):
+    if not re.fullmatch(pattern, value := os.environ.get(name) or default):
         abort_start(f"{name} must be {meaning}")
     return value
 
@@ -128,8 +127,7 @@ else:
         found = [it for place in zip(hosts, ports) for it in await_(look_up(*place))]
         if not found:
             raise exc.OperationalError(None, None, gaierror("host name not found"))
-        for key, values in zip(("host", "hostaddr", "port"), zip(*found)):
-            cparams[key] = ",".join(values)
+        cparams.update(zip(("host", "hostaddr", "port"), map(",".join, zip(*found))))
 
     @event.listens_for(engine, "before_cursor_execute", retval=True)
     def limit_statement(
@@ -140,7 +138,8 @@ else:
         plain = not (cursor.connection.autocommit or cursor.name)
         if deadline.get() < inf and status == pg.TRANSACTION_STATUS_IDLE and plain:
             # LOCAL, since through PgBouncer the next transaction is somebody else's.
-            statement = f"SET LOCAL statement_timeout='{REQUEST_TIMEOUT}s'; {statement}"
+            left = max(int((deadline.get() - monotonic()) * 1000), 1)
+            statement = f"SET LOCAL statement_timeout = {left}; {statement}"
         return statement, parameters
 
     @event.listens_for(engine, "handle_error")
@@ -154,8 +153,8 @@ else:
 turns = RunVar[anyio.Semaphore]("turns")  # one semaphore in each event loop
 
 
+# The first line only: the rest may be hints, or SQL and its values.
 def describe(error: Exception) -> str:
-    """The first line only: the rest may be hints, or SQL and its values."""
     return str(error).partition("\n")[0] or "no answer in time"
 
 
@@ -172,6 +171,8 @@ async def get_session() -> AsyncGenerator[Session]:
                 finally:
                     await greenlet_spawn(session.close)
     except (exc.OperationalError, exc.InterfaceError, TimeoutError) as error:
+        if getattr(error.__cause__, "sqlite_errorname", None) == "SQLITE_ERROR":
+            raise  # wrong SQL, which is a bug
         logger.warning("Database unavailable: %s", describe(error))
         raise HTTPException(503, "Database unavailable", {"Retry-After": "2"}) from None
     finally:

@@ -1,12 +1,20 @@
 """The user: one table, and the schemas of what a client sends and gets back."""
 
 from typing import Annotated, ClassVar
+from unicodedata import normalize
 
 from pydantic import AfterValidator, EmailStr, StringConstraints
 from sqlmodel import BigInteger, Field, Integer, SQLModel
 
 UserId = Annotated[int, Field(ge=1, le=2**63 - 1)]  # BIGINT's, and SQLite's, largest
-Email = Annotated[EmailStr, AfterValidator(str.lower)]
+
+
+def lower(email: str) -> str:
+    """One spelling: in lower case, a letter may compose with its accent anew."""
+    return normalize("NFC", email.lower())
+
+
+Email = Annotated[EmailStr, AfterValidator(lower)]
 Name = Annotated[
     str,
     StringConstraints(

@@ -108,7 +108,8 @@ class PostgreSQL:
         first = (self.folder / "data/postmaster.pid").read_text().split()[0]
         children = Path(f"/proc/{first}/task/{first}/children").read_text()
         for process in [first, *children.split()]:
-            os.kill(int(process), how)
+            with suppress(ProcessLookupError):
+                os.kill(int(process), how)
 
 
 @contextmanager
@@ -425,6 +426,7 @@ def test_bad_input_is_refused_without_an_echo(service, status, place, sent):
     [
         ("email", "{}+tag.O'Hara@MAIL.example.com", "{}+tag.o'hara@mail.example.com"),
         ("email", "{}@xn--exmple-cua.com", "{}@ex\xe4mple.com"),
+        ("email", "{}J\u030c@example.com", "{}\u01f0@example.com"),
         ("full_name", f" {'x' * 200}\n", "x" * 200),
         ("full_name", "e\u0301\U0001f469\u200d\U0001f52c \u05d0\u05d3\u200f\u0639", ""),
         ("full_name", "O'Hara; DROP TABLE users -- %s \\ \"<b>", ""),
@@ -576,7 +578,7 @@ def test_every_postgresql_scheme_reaches_psycopg2_with_its_query_string(
 
 
 HOSTS = ["127.0.0.1:1&host=127.0.0.1:{port}", "127.0.0.1:{hole}&host=127.0.0.1:{port}"]
-HOSTS += ["no-such-host.invalid:{port}&host=two..dots&host={folder}:{port}"]
+HOSTS += ["no-such-host.invalid:{port}&host=tw\xf6..dots&host={folder}:{port}"]
 HOSTS += ["{folder}&port={port}", "no-such.invalid&hostaddr=127.0.0.1&port={port}"]
 
 
@@ -626,17 +628,17 @@ def test_the_procfile_hides_the_server_serves_every_interface_and_logs_no_reques
     assert int(re.search(r"--timeout-keep-alive (\d+)", COMMAND)[1]) > 60
 
 
-def send_load(service, connections, requests, path="/users", bodies=None):
-    """Count the statuses of a POST and many GETs on each kept-alive connection."""
+def send_load(service, connections, requests, path="/users", body=None):
+    """Count the statuses on kept-alive connections: GETs, first a POST on each fourth."""
     head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     get = f"GET {service.create().headers['location']} HTTP/1.1\r\nHost: x\r\n\r\n"
-    bodies = bodies or [json.dumps(new_user()) for _ in range(connections)]
 
-    async def send(body):
+    async def send(number):
         reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
-        post = f"{head}Content-Length: {len(body)}\r\n\r\n{body}"
+        sent = json.dumps(body.replace("{0}", str(uuid4())) if body else new_user())
+        post = f"{head}Content-Length: {len(sent)}\r\n\r\n{sent}"
         statuses = []
-        for request in [post, *[get] * (requests - 1)]:
+        for request in [get if number % 4 else post, *[get] * (requests - 1)]:
             writer.write(request.encode())
             answer = await reader.readuntil(b"\r\n\r\n")
             await reader.readexactly(int(re.search(rb"length: (\d+)", answer)[1]))
@@ -645,7 +647,7 @@ def send_load(service, connections, requests, path="/users", bodies=None):
         return statuses
 
     async def send_all():
-        return await asyncio.gather(*map(send, bodies))
+        return await asyncio.gather(*map(send, range(connections)))
 
     return Counter(chain(*asyncio.run(send_all())))
 
@@ -655,7 +657,8 @@ LOADS = [(10, 100), (256, 2), (1000, 1)]
 
 @pytest.mark.parametrize(("connections", "requests"), LOADS)
 def test_no_request_fails_at_any_number_of_connections(service, connections, requests):
-    wanted = Counter({201: connections, 200: connections * (requests - 1)})
+    posts = len(range(0, connections, 4))
+    wanted = Counter({201: posts, 200: connections * requests - posts})
 
     assert send_load(service, connections, requests) == wanted
 
@@ -716,7 +719,7 @@ def test_two_releases_of_two_processes_race_within_20_connections(
     for release in both:
         release.kill()
 
-    assert [load.result() for load in loads] == [{201: 50, 200: 200}] * 2
+    assert [load.result() for load in loads] == [{201: 13, 200: 237}] * 2
     assert max(held) <= 20
 
 
@@ -872,14 +875,16 @@ def time_status(request, *arguments):
 
 
 def assert_at_rest(service, server):
-    """Every turn is back, and the server has only idle connections, of both services."""
+    """Every turn is back, no connection is in use, and no file is left open."""
     sql = "SELECT state FROM pg_stat_activity WHERE backend_type = 'client backend' "
     sql += "AND datname = 'postgres' AND pid <> pg_backend_pid()"
+    files = Path(f"/proc/{service.process.pid}/fd")
 
     def rests():
         state = service.get("/state").json()
         others = [row for row in query(server.url, sql) if row != ("idle",)]
-        return (state["turns"], state["out"], others) == (5, 0, [])
+        left = len([*files.iterdir()]) > 25
+        return (state["turns"], state["out"], others, left) == (5, 0, [], False)
 
     wait_until("all turns and connections are back", rests, 5)
 
@@ -894,11 +899,10 @@ def test_an_outage_is_503_within_5_seconds_and_needs_no_restart(
     before = len(direct.log)
     with ThreadPoolExecutor(48) as threads:
         make(database)
-        creates = [one.create for one in services for _ in range(12)]
-        posts = [threads.submit(time_status, create) for create in creates]
-        plain = [threads.submit(time_status, direct.run) for _ in range(12)]
+        sent = [direct.run, *(one.create for one in services)] * 12
+        requests = [threads.submit(time_status, request) for request in sent]
         others = []
-        while not all(request.done() for request in posts + plain):
+        while not all(request.done() for request in requests):
             others.append(time_status(direct.get, "/"))
         if fault == "locked":
             wait_until("no wait", lambda: not query(database.server.url, waits), 5)
@@ -906,9 +910,9 @@ def test_an_outage_is_503_within_5_seconds_and_needs_no_restart(
     for one in services:
         wait_until("it is back", lambda one=one: one.create().status_code == 201, 3)
 
-    assert {request.result()[0] for request in posts + plain} == {503}
-    assert max(request.result()[1] for request in posts) < 5
-    assert max(request.result()[1] for request in plain) < 6
+    for request, done in zip(sent, requests):
+        limit = 6 if request == direct.run else 5
+        assert (done.result()[0], done.result()[1] < limit) == (503, True)
     assert {status for status, _ in others} == {307}
     assert max(seconds for _, seconds in others) < 1
     assert not re.search("Traceback|INSERT INTO|secret|@example", direct.log[before:])
@@ -921,6 +925,37 @@ def test_connections_that_the_server_closed_cost_nothing(database, direct):
             answers = [threads.submit(direct.create) for _ in range(20)]
         assert {answer.result().status_code for answer in answers} == {201}
         database.cut()
+
+
+def test_a_connection_to_a_server_turned_read_only_is_dropped(direct):
+    turn = "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY"
+    code = f"with engine.connect() as own: own.exec_driver_sql('{turn}'); own.commit()"
+    with ThreadPoolExecutor(5) as threads:
+        failed = direct.run(
+            f"{code}; own.exec_driver_sql('CREATE TABLE x ()')", "-on-loop"
+        )
+        answers = [threads.submit(direct.create) for _ in range(20)]
+    assert failed.status_code == 503
+    assert {answer.result().status_code for answer in answers} == {201}
+
+
+def test_a_statement_may_take_what_is_left_of_the_deadline(direct):
+    show = "session.exec(text('SHOW statement_timeout')).one()[0]"
+    direct.run(f"time.sleep(1); session.exec(select(1)); done.append({show})")
+    limits = [it for it in direct.get("/state").json()["done"] if it.endswith("ms")]
+
+    assert 2000 < int(limits[0].removesuffix("ms")) <= 3000
+
+
+def test_the_end_of_a_slow_transaction_holds_nothing_up(database, direct):
+    code = "session.exec(select(1)); done.append('read'); await_(anyio.sleep(1))"
+    with ThreadPoolExecutor() as threads:
+        slow = threads.submit(direct.run, code, "-on-loop")
+        wait_until("it reads", lambda: direct.has_done("read"), 5)
+        database.pause = 1
+        while not slow.done():
+            assert time_status(direct.get, "/") < (307, 1)
+        database.pause = 0
 
 
 def test_pgbouncers_next_transaction_has_no_limit(bounced):
@@ -1041,10 +1076,11 @@ def test_a_stuck_client_keeps_no_process_from_stopping(tmp_path):
     assert "Traceback" not in service.log
 
 
-def test_a_bug_is_a_constant_500_and_its_frames_and_class_are_logged(service):
+@pytest.mark.parametrize("code", ["{}['marker']", "session.exec(text('marker'))"])
+def test_a_bug_is_a_constant_500_and_its_frames_and_class_are_logged(service, code):
     before = len(service.log)
-    answer = service.run("{}['marker']", "-on-loop")
-    service.wait_for("KeyError", start=before)
+    answer = service.run(code, "-on-loop")
+    service.wait_for("Error'", start=before)
     log = service.log[before:]
 
     assert (answer.status_code, answer.json()) == (
@@ -1089,10 +1125,9 @@ def test_what_tutorials_write_works_in_twelve_requests_at_once(service, kind):
 
 
 def test_plain_endpoints_hold_at_256_connections(service):
-    code = f"{ADD}; session.commit(); session.refresh(user)"
-    codes = [json.dumps(code.replace("{0}", str(uuid4()))) for _ in range(256)]
+    body = f"{ADD}; session.commit(); session.refresh(user)"
 
-    assert send_load(service, 256, 1, "/run", codes) == {200: 256}
+    assert send_load(service, 256, 1, "/run", body) == {200: 256}
 
 
 def test_a_session_used_after_its_request_fails_and_keeps_no_connection(service):
