@@ -150,7 +150,7 @@ else:
             raise exc.OperationalError(None, None, error)
 
 
-turns = RunVar[anyio.Semaphore]("turns")  # one semaphore in each event loop
+turns = RunVar[anyio.Semaphore | None]("turns")  # one semaphore in each event loop
 
 
 # The first line only: the rest may be hints, or SQL and its values.
@@ -161,11 +161,11 @@ def describe(error: Exception) -> str:
 async def get_session() -> AsyncGenerator[Session]:
     """A session for one request, closed before the response is sent, errors or not."""
     deadline.set(monotonic() + REQUEST_TIMEOUT)
-    turns.set(turns.get(anyio.Semaphore(DB_POOL_SIZE)))
+    turns.set(turn := turns.get(None) or anyio.Semaphore(DB_POOL_SIZE))
     session = Session(engine, expire_on_commit=False, close_resets_only=False)
     try:
         with anyio.fail_after(REQUEST_TIMEOUT):
-            async with turns.get():
+            async with turn:
                 try:
                     yield session
                 finally:
