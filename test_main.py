@@ -108,6 +108,8 @@ class PostgreSQL:
         self.run("pg_ctl", "start", "--wait", f"--options={self.options}", log)
 
     def stop(self, mode: str = "immediate") -> None:
+        with suppress(OSError):
+            self.signal(signal.SIGCONT)  # a test may have frozen it
         self.run("pg_ctl", "stop", f"--mode={mode}")
 
     def signal(self, how: int) -> None:
@@ -912,8 +914,9 @@ def test_an_outage_is_503_within_5_seconds_and_needs_no_restart(
         pytest.skip("a name server of its own needs Linux and root")
     waits = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
     before = len(direct.log)
-    with ThreadPoolExecutor(48) as threads:
+    with ThreadPoolExecutor(48) as threads, ExitStack() as stack:
         make(database)
+        stack.callback(mend, database)
         sent = [direct.run, *(one.create for one in services)] * 12
         requests = [threads.submit(time_status, request) for request in sent]
         others = []
@@ -921,7 +924,6 @@ def test_an_outage_is_503_within_5_seconds_and_needs_no_restart(
             others.append(time_status(direct.get, "/"))
         if fault == "locked":
             wait_until("no wait", lambda: not query(database.server.url, waits), 5)
-        mend(database)
     for one in services:
         wait_until("it is back", lambda one=one: one.create().status_code == 201, 3)
 
