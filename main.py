@@ -170,7 +170,7 @@ async def get_session() -> AsyncGenerator[Session]:
                     yield session
                 finally:
                     await greenlet_spawn(session.close)
-    except (exc.OperationalError, exc.InterfaceError, TimeoutError) as error:
+    except (exc.OperationalError, TimeoutError) as error:
         if getattr(error.__cause__, "sqlite_errorname", None) == "SQLITE_ERROR":
             raise  # wrong SQL, which is a bug
         logger.warning("Database unavailable: %s", describe(error))

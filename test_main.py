@@ -181,7 +181,8 @@ async def run_async(code: Annotated[str, Body()], session: SessionDep):
 
 @app.get("/state")
 async def tell_state():
-    return {"turns": turns.get().value, "out": engine.pool.checkedout(), "done": done}
+    free = getattr(turns.get(None), "value", DB_POOL_SIZE)
+    return {"turns": free, "out": engine.pool.checkedout(), "done": done}
 
 def keep_working():
     with Session(engine) as session:
