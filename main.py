@@ -5,11 +5,10 @@ import logging
 import os
 import re
 import traceback
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
 from contextvars import ContextVar
 from functools import partial, wraps
-from itertools import cycle
 from math import inf
 from secrets import compare_digest
 from select import POLLIN, POLLOUT, poll
@@ -17,7 +16,7 @@ from signal import SIGINT, SIGTERM, signal
 from socket import SOCK_STREAM, gaierror
 from threading import current_thread, main_thread
 from time import monotonic
-from typing import Annotated, NoReturn, ParamSpec, TypeVar
+from typing import Annotated, NoReturn
 
 import anyio
 from anyio.lowlevel import RunVar
@@ -34,7 +33,7 @@ from sqlmodel import Session, SQLModel, create_engine, select
 
 from models import Message, User, UserCreate, UserId, UserRead
 
-REQUEST_TIMEOUT = 4  # seconds at the database, the wait for a turn included
+REQUEST_TIMEOUT = 4  # seconds at the database, the wait behind a failure included
 
 logger = logging.getLogger("uvicorn.error")
 
@@ -112,10 +111,9 @@ if engine.dialect.name == "sqlite":
     # Reads go on beside a write.
     event.listen(engine, "connect", lambda db, _: db.execute("PRAGMA journal_mode=WAL"))
 else:
-
+    # Give libpq addresses, since it would look names up by blocking the loop.
     @event.listens_for(engine, "do_connect", named=True)
     def look_up_hosts(cparams: dict[str, str], **_: object) -> None:
-        """Give libpq addresses, since it would look names up by blocking the loop."""
         # Milliseconds; on the loop, libpq ignores connect_timeout.
         cparams.setdefault("tcp_user_timeout", f"{REQUEST_TIMEOUT * 1000 // 2}")
         if not in_greenlet() and deadline.get() - monotonic() < REQUEST_TIMEOUT / 2:
@@ -123,17 +121,18 @@ else:
         if not in_greenlet() or "host" not in cparams or "hostaddr" in cparams:
             return
         hosts = cparams["host"].split(",")
-        ports = cycle(str(cparams.get("port", "")).split(","))  # one may serve all
+        # One port may serve all.
+        ports = str(cparams.get("port", "")).split(",") * len(hosts)
         found = [it for place in zip(hosts, ports) for it in await_(look_up(*place))]
         if not found:
             raise exc.OperationalError(None, None, gaierror("host name not found"))
         cparams.update(zip(("host", "hostaddr", "port"), map(",".join, zip(*found))))
 
+    # Time out on the server too, at no round trip, or waits for locks pile up.
     @event.listens_for(engine, "before_cursor_execute", retval=True)
     def limit_statement(
         _: object, cursor: pg.cursor, statement: str, parameters: object, *__: object
     ) -> tuple[str, object]:
-        """Time out on the server too, at no round trip, or waits for locks pile up."""
         status = cursor.connection.get_transaction_status()
         plain = not (cursor.connection.autocommit or cursor.name)
         if deadline.get() < inf and status == pg.TRANSACTION_STATUS_IDLE and plain:
@@ -142,15 +141,17 @@ else:
             statement = f"SET LOCAL statement_timeout = {left}; {statement}"
         return statement, parameters
 
+    # After a failover, have a new connection look for the new primary.
     @event.listens_for(engine, "handle_error")
     def leave_read_only_server(context: ExceptionContext) -> None:
-        """After a failover, have a new connection look for the new primary."""
         if isinstance(error := context.original_exception, ReadOnlySqlTransaction):
             context.is_disconnect = True
             raise exc.OperationalError(None, None, error)
 
 
 turns = RunVar[anyio.Semaphore | None]("turns")  # one semaphore in each event loop
+last_failure = RunVar("last_failure", -inf)  # of the database, monotonic seconds
+UNAVAILABLE = (503, "Database unavailable", {"Retry-After": "2"})
 
 
 # The first line only: the rest may be hints, or SQL and its values.
@@ -160,32 +161,35 @@ def describe(error: Exception) -> str:
 
 async def get_session() -> AsyncGenerator[Session]:
     """A session for one request, closed before the response is sent, errors or not."""
-    deadline.set(monotonic() + REQUEST_TIMEOUT)
+    start = monotonic()
     turns.set(turn := turns.get(None) or anyio.Semaphore(DB_POOL_SIZE))
     session = Session(engine, expire_on_commit=False, close_resets_only=False)
     try:
-        with anyio.fail_after(REQUEST_TIMEOUT):
+        with anyio.fail_after(REQUEST_TIMEOUT * 6) as scope:  # before routers give up
             async with turn:
+                if last_failure.get() < start:  # it was the line that took so long
+                    start = monotonic()
+                elif monotonic() > start + REQUEST_TIMEOUT:
+                    raise HTTPException(*UNAVAILABLE)
+                deadline.set(start + REQUEST_TIMEOUT)
+                scope.deadline = anyio.current_time() + deadline.get() - monotonic()
                 try:
                     yield session
                 finally:
                     await greenlet_spawn(session.close)
+                    deadline.set(inf)  # for background tasks
     except (exc.OperationalError, TimeoutError) as error:
         if getattr(error.__cause__, "sqlite_errorname", None) == "SQLITE_ERROR":
             raise  # wrong SQL, which is a bug
+        last_failure.set(monotonic())
         logger.warning("Database unavailable: %s", describe(error))
-        raise HTTPException(503, "Database unavailable", {"Retry-After": "2"}) from None
-    finally:
-        deadline.set(inf)  # for background tasks
+        raise HTTPException(*UNAVAILABLE) from None
 
 
 SessionDep = Annotated[Session, Depends(get_session, scope="function")]
 
-P = ParamSpec("P")
-T = TypeVar("T")
 
-
-def on_loop(endpoint: Callable[P, T]) -> Callable[P, T | Awaitable[T]]:
+def on_loop(endpoint: Callable[..., object]) -> Callable[..., object]:
     """Run an endpoint on the event loop, awaiting PostgreSQL; nothing else may block."""
     # Undecorated, or on SQLite, it runs in a thread: correct, at twice the cost.
     if engine.dialect.name == "sqlite":
@@ -248,7 +252,7 @@ QUOTE = re.compile(r"(?<!email address): .*| \(.*", re.DOTALL)
 
 @app.exception_handler(RequestValidationError)
 async def answer_invalid(_: Request, error: RequestValidationError) -> Response:
-    """Answer as FastAPI does, without the input: it may be secret, huge, or no UTF-8."""
+    # As FastAPI does, without the input: it may be secret, huge, or no UTF-8.
     if isinstance(error.body, bytes):  # FastAPI parses only what is declared as JSON
         detail = "Send JSON, and the header Content-Type: application/json"
         return JSONResponse({"detail": detail}, 415)
@@ -265,8 +269,8 @@ async def answer_bug(_: Request, __: Exception) -> Response:
     return JSONResponse({"detail": "Internal Server Error"}, 500)
 
 
+# Log where an error arose and its class, but not its text: it may quote a user.
 def filter_log(record: logging.LogRecord) -> bool:
-    """Log where an error arose and its class, but not its text: it may quote a user."""
     if record.exc_info:
         kind, _, trace = record.exc_info
         record.exc_text = "".join(traceback.format_tb(trace)) + str(kind)
