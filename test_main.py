@@ -45,8 +45,8 @@ ROOT = os.geteuid() == 0
 POSTGRES = "setpriv --reuid=postgres --regid=postgres --clear-groups" if ROOT else "env"
 
 
+# What a user needs: the one place in the tests to learn of a new field.
 def new_user():
-    """What a user needs: the one place in the tests to learn of a new field."""
     return {"email": f"{uuid4()}@example.com", "full_name": "Ada Lovelace"}
 
 
@@ -57,8 +57,8 @@ def wait_until(what, condition, seconds):
         time.sleep(0.02)
 
 
+# The statuses of so many requests at once.
 def send_at_once(number, request, *arguments):
-    """The statuses of so many requests at once."""
     with ThreadPoolExecutor(number) as threads:
         sent = [threads.submit(request, *arguments) for _ in range(number)]
     return {answer.result().status_code for answer in sent}
@@ -122,8 +122,8 @@ def run_postgresql() -> Iterator[PostgreSQL]:
         yield server
 
 
+# A connection to the database itself, beside the service.
 def connect(database_url):
-    """A connection to the database itself, beside the service."""
     options = {"isolation_level": "AUTOCOMMIT", "poolclass": NullPool}
     return create_engine(database_url, **options).connect()
 
@@ -134,15 +134,15 @@ def query(database_url, sql):
         return result.all() if result.returns_rows else []
 
 
+# A connection that keeps others from writing, until it is closed.
 def lock_users(database_url):
-    """A connection that keeps others from writing, until it is closed."""
     locker, on_file = connect(database_url), database_url.startswith("sqlite")
     locker.exec_driver_sql("BEGIN EXCLUSIVE" if on_file else "BEGIN; LOCK TABLE users")
     return locker
 
 
+# The URL of an empty database beside this one.
 def create_database(database_url, name):
-    """The URL of an empty database beside this one."""
     if database_url.startswith("postgresql"):
         query(database_url, f"CREATE DATABASE {name}")
     return re.sub("/(postgres|users.db)$", f"/{name}", database_url)
@@ -211,22 +211,22 @@ class Service(httpx.Client):
     def create(self):
         return self.post("/users", json=new_user())
 
+    # Run code in a plain endpoint, or one "-on-loop", or "-async".
     def run(self, code=PLAIN, kind=""):
-        """Run code in a plain endpoint, or one "-on-loop", or "-async"."""
         return self.post(f"/run{kind}", json=code.replace("{0}", str(uuid4())))
 
     def tell(self, what):
         return self.get("/state").json()[what]
 
+    # VmRSS, the memory now, or VmHWM, the most so far.
     def megabytes(self, measure):
-        """VmRSS, the memory now, or VmHWM, the most so far."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(status.split(f"{measure}:")[1].split()[0]) / 1024
 
 
+# Imports main.py afresh, with these settings.
 @pytest.fixture
 def load_main(monkeypatch, tmp_path):
-    """Imports main.py afresh, with these settings."""
     monkeypatch.chdir(tmp_path)
 
     def load(**settings):
@@ -298,11 +298,11 @@ def test_the_document_has_the_two_endpoints_and_all_their_answers(load_main):
     paths = load_main().app.openapi()["paths"]
     create, read = paths["/users"].pop("post"), paths["/users/{user_id}"].pop("get")
 
+    both = [" ".join(sorted(it["responses"])) for it in (create, read)]
+
     assert [*paths.values()] == [{}, {}]
-    assert (
-        " ".join(sorted(create["responses"])) == "201 400 401 409 413 415 422 500 503"
-    )
-    assert " ".join(sorted(read["responses"])) == "200 401 404 413 422 500 503"
+    assert both[0] == "201 400 401 409 413 415 422 500 503"
+    assert both[1] == "200 401 404 413 422 500 503"
 
 
 EMAILS = ["marker", "marker@localhost", "marker@example.com\x00", "x@marker€.com"]
@@ -452,10 +452,8 @@ def test_a_bad_setting_ends_the_start_with_one_sentence(load_main, caplog, setti
 
 
 def test_a_wait_for_the_database_in_vain_ends_with_one_line_that_says_why(tmp_path):
-    main = (
-        (HERE / "main.py").read_text().replace("move_on_after(30)", "move_on_after(2)")
-    )
-    (tmp_path / "main.py").write_text(main)
+    main = (HERE / "main.py").read_text()
+    (tmp_path / "main.py").write_text(main.replace("after(30)", "after(2)"))
     url = f"postgresql://ada:secret@127.0.0.1:{find_free_port()}/users"
     service = Service(tmp_path, DATABASE_URL=url)
 
@@ -506,17 +504,16 @@ def test_the_procfile_serves_every_interface_and_logs_no_request(service):
     assert int(re.search(r"--timeout-keep-alive (\d+)", COMMAND)[1]) > 60
 
 
+# Count the statuses on kept-alive connections: GETs, first a POST on each fourth.
 def send_load(service, connections, requests, path="/users", body=None):
-    """Count the statuses on kept-alive connections: GETs, first a POST on each fourth."""
     get = f"GET {service.create().headers['location']} {HOST}\r\n"
     statuses = Counter()
 
     async def send(number):
         reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
         sent = json.dumps(body.replace("{0}", str(uuid4())) if body else new_user())
-        post = (
-            f"{POST.replace('/users', path)}Content-Length: {len(sent)}\r\n\r\n{sent}"
-        )
+        head = POST.replace("/users", path)
+        post = f"{head}Content-Length: {len(sent)}\r\n\r\n{sent}"
         for request in [get if number % 4 else post, *[get] * (requests - 1)]:
             writer.write(request.encode())
             answer = await reader.readuntil(b"\r\n\r\n")
@@ -554,7 +551,7 @@ def test_a_line_that_does_not_move_is_503_in_the_end(service):
         sent = [threads.submit(time_status, service.run, code) for _ in range(6)]
     service.run(f"{setting}4")
 
-    assert min(it.result() for it in sent) < (503, 2)
+    assert (503, 0) < min(it.result() for it in sent) < (503, 2)
 
 
 def test_400_stuck_clients_delay_no_one_and_leave_no_memory_behind(service):
@@ -616,8 +613,8 @@ class Network:
             ways = (reader, theirs[1]), (theirs[0], writer)
             await asyncio.gather(*[self.pass_on(*way) for way in ways])
 
+    # Send pieces, after a pause, with odds to be seconds late, or cut.
     async def pass_on(self, reader, writer):
-        """Send pieces, after a pause, with odds to be seconds late, or cut."""
         with suppress(OSError), closing(writer):
             while data := await reader.read(65_536):
                 for piece in (data[: len(data) // 2], data[len(data) // 2 :]):
@@ -680,9 +677,9 @@ def network(tmp_path_factory):
         yield Network(server, tmp_path_factory.mktemp("network"))
 
 
+# A service with a name server of its own, as root, which knows the database.
 @pytest.fixture(scope="session")
 def direct(network):
-    """A service with a name server of its own, as root, which knows the database."""
     folder, command, host = network.hosts.parent, COMMAND, "127.0.0.1"
     if NAMESPACES:
         (folder / "resolv.conf").write_text("nameserver 127.0.0.53\n")
@@ -694,9 +691,9 @@ def direct(network):
         yield service
 
 
+# A service by a PgBouncer in transaction mode.
 @pytest.fixture(scope="session")
 def bounced(network, tmp_path_factory):
-    """A service by a PgBouncer in transaction mode."""
     if not shutil.which("pgbouncer"):
         pytest.skip("PgBouncer is not here: apt install pgbouncer")
     port, file = find_free_port(), network.server.folder / "pgbouncer.ini"
@@ -714,8 +711,8 @@ def bounced(network, tmp_path_factory):
     bouncer.wait()
 
 
+# Every turn and connection is back, no more of them than the pool's, no file open.
 def assert_at_rest(service, network):
-    """Every turn and connection is back, no more of them than the pool's, no file open."""
     sql = "SELECT state FROM pg_stat_activity WHERE application_name = 'direct'"
 
     def rests():
@@ -780,9 +777,9 @@ def test_pgbouncers_next_transaction_has_no_limit(bounced):
     assert query(bounced.database_url, "SHOW statement_timeout") == [("0",)]
 
 
+# Eight clients that create users and fetch them; yields the statuses by email.
 @contextmanager
 def writers(service):
-    """Eight clients that create users and fetch them; yields the statuses by email."""
     statuses, stopped = {}, Event()
 
     def write(_):
@@ -803,8 +800,8 @@ def writers(service):
     assert [*written] == [None] * 8
 
 
+# Each acknowledged user is there exactly once.
 def assert_kept(database_url, statuses):
-    """Each acknowledged user is there exactly once."""
     stored = Counter(row[0] for row in query(database_url, "SELECT email FROM users"))
 
     assert {stored[email] for email in statuses if statuses[email] == 201} == {1}

@@ -76,7 +76,7 @@ def prepare(folder: Path) -> None:
 
 def load(port: int, method: str, connections: int, seconds: int) -> list[float]:
     """Return the number of answers, seconds and failures."""
-    options = f"-t1 -c{connections} -d{seconds}s --timeout 5s -s load.lua"
+    options = f"-t1 -c{connections} -d{seconds}s --timeout 10s -s load.lua"
     argument = "1000" if method == "GET" else str(time.time_ns())
     command = f"wrk {options} http://127.0.0.1:{port} -- {method} {argument}"
     printed = subprocess.check_output(command.split(), cwd=BENCH)
@@ -189,8 +189,9 @@ def main() -> None:
     parser.add_argument("--svg", type=Path, default=BENCH / "throughput.svg")
     options = parser.parse_args()
     with run_postgresql() as server, TemporaryDirectory() as folder:
-        url = server.url.replace("postgresql:", "postgresql+psycopg2:")
-        runs = measure_in_turns(url, Path(folder), options.rounds, options.seconds)
+        runs = measure_in_turns(
+            server.url, Path(folder), options.rounds, options.seconds
+        )
     print(f"Python {sys.version.split()[0]}, {os.cpu_count()} cores,", end=" ")
     print(f"medians of {options.rounds} rounds, {options.seconds} seconds each:\n")
     print_tables(runs)
