@@ -543,15 +543,30 @@ def test_a_line_longer_than_the_deadline_fails_nothing(service):
     assert send_at_once(27, service.run, "time.sleep(0.9)") == {200}
 
 
+SHORTEN = "import prototype; prototype.REQUEST_TIMEOUT = "
+
+
 def test_a_line_that_does_not_move_is_503_in_the_end(service):
-    setting = "import prototype; prototype.REQUEST_TIMEOUT = "
-    service.run(f"{setting}0.2")
+    service.run(f"{SHORTEN}0.2")
     with ThreadPoolExecutor() as threads:
         code = "time.sleep(3)"
         sent = [threads.submit(time_status, service.run, code) for _ in range(6)]
-    service.run(f"{setting}4")
+    service.run(f"{SHORTEN}4")
 
-    assert (503, 0) < min(it.result() for it in sent) < (503, 2)
+    assert (503, 0) < max(it.result() for it in sent) < (503, 2)
+
+
+def test_who_waited_too_long_behind_a_failure_is_not_sent_to_the_database(service):
+    code = "time.sleep(0.9); raise exc.OperationalError(None, None, Exception('gone'))"
+    before, _ = len(service.log), service.run(f"{SHORTEN}0.2")
+    with ThreadPoolExecutor() as threads:
+        sent = [threads.submit(service.run, code) for _ in range(5)]
+        wait_until("all turns are taken", lambda: service.tell("turns") == 0, 5)
+        assert send_at_once(9, service.create) == {503}
+    service.run(f"{SHORTEN}4")
+
+    assert [it.result().status_code for it in sent] == [503] * 5
+    assert "no answer in time" not in service.log[before:]
 
 
 def test_400_stuck_clients_delay_no_one_and_leave_no_memory_behind(service):
