@@ -121,7 +121,7 @@ else:
         if not in_greenlet() or "host" not in cparams or "hostaddr" in cparams:
             return
         hosts = cparams["host"].split(",")
-        # Without ports, libpq takes its own for each.
+        # Without ports, libpq takes its default for each.
         ports = str(cparams.get("port", "")).split(",") * len(hosts)
         found = [it for place in zip(hosts, ports) for it in await_(look_up(*place))]
         if not found:
