@@ -1,8 +1,4 @@
-"""The promises of the README, on SQLite and on a PostgreSQL that the tests start.
-
-`python test_main.py COMMAND ...` runs a command beside such a PostgreSQL, with its
-address in `DATABASE_URL`.
-"""
+"""The promises of the README, on SQLite and on a PostgreSQL that the tests start."""
 
 import asyncio
 import importlib
@@ -29,7 +25,7 @@ from uuid import uuid4
 
 import httpx
 import pytest
-from sqlalchemy import NullPool, exc
+from sqlalchemy import NullPool
 from sqlmodel import Session, SQLModel, StaticPool, create_engine
 
 with warnings.catch_warnings(action="ignore"):  # it wants a successor of httpx
@@ -65,12 +61,11 @@ def send_at_once(number, request, *arguments):
 
 
 def time_status(request, *arguments):
-    started = time.monotonic()
     answer = request(*arguments)
     if answer.status_code == 503:
         assert answer.headers["retry-after"] == "2"
         assert answer.json() == {"detail": "Database unavailable"}
-    return answer.status_code, time.monotonic() - started
+    return answer.status_code, answer.elapsed.total_seconds()
 
 
 def find_free_port() -> int:
@@ -78,17 +73,16 @@ def find_free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+# Debian's newest, the one beside the real postgres on PATH, or Homebrew's.
 def find_pg_ctl() -> str | None:
-    """Debian's newest, the one beside the real postgres on PATH, or Homebrew's."""
     folders = sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
     folders.append(Path(shutil.which("postgres") or "postgres").resolve().parent)
     folders += Path("/opt/homebrew/opt").glob("postgresql*/bin")
     return shutil.which("pg_ctl", path=":".join(map(str, folders)))
 
 
+# A throwaway server, with a socket in its folder.
 class PostgreSQL:
-    """A throwaway server, with a socket in its folder."""
-
     def __init__(self, folder: Path) -> None:
         self.folder, self.port = folder, find_free_port()
         self.url = f"postgresql+psycopg2://ada:secret@127.0.0.1:{self.port}/postgres"
@@ -96,30 +90,29 @@ class PostgreSQL:
         if ROOT:  # as which it refuses to run
             shutil.chown(folder, "postgres")
         self.control("init", "--options=--username=ada --auth=trust --encoding=UTF8 -N")
+        self.start()
 
     def control(self, *arguments: str) -> None:
         program = [*POSTGRES.split(), str(find_pg_ctl()), f"-D{self.folder}/data"]
-        null = subprocess.DEVNULL
-        subprocess.run([*program, *arguments], cwd=self.folder, stdout=null, check=True)
+        subprocess.check_output([*program, *arguments], cwd=self.folder)
 
     def start(self) -> None:
-        log = f"--log={self.folder}/log"
-        self.control("start", "--wait", f"--options={self.options}", log)
+        self.control("start", f"--options={self.options}", f"--log={self.folder}/log")
 
-    def stop(self, mode: str = "immediate") -> None:
-        self.control("stop", f"--mode={mode}")
+    def close(self) -> None:
+        self.control("stop", "--mode=immediate")
 
 
-@contextmanager
-def run_postgresql() -> Iterator[PostgreSQL]:
+def serve_postgresql() -> Iterator[PostgreSQL]:
     if not find_pg_ctl():
         pytest.skip("PostgreSQL's server is not here: apt install postgresql")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # to stop the server
-    with TemporaryDirectory() as folder, ExitStack() as stack:
-        server = PostgreSQL(Path(folder))
-        server.start()
-        stack.callback(server.stop)
+    with TemporaryDirectory() as folder, closing(PostgreSQL(Path(folder))) as server:
         yield server
+
+
+run_postgresql = contextmanager(serve_postgresql)
+postgresql = pytest.fixture(serve_postgresql, scope="session")
 
 
 # A connection to the database itself, beside the service.
@@ -174,22 +167,20 @@ WORK = """def work():
 tasks.add_task(work)"""
 
 
+# The Procfile's line on main.py and a prototype's endpoints, and a client of it.
 class Service(httpx.Client):
-    """The Procfile's line on main.py and a prototype's endpoints, and a client of it."""
-
     def __init__(self, folder, command=COMMAND, **settings):
         self.port, self.log_file = find_free_port(), folder / f"{uuid4()}.log"
         main = next(it for it in (folder / "main.py", HERE / "main.py") if it.exists())
         (folder / "prototype.py").write_text(main.read_text() + PROTOTYPE)
         environment = {"PATH": PATH, "PORT": str(self.port), "PYTHONWARNINGS": "error"}
         environment |= {"PYTHONPATH": f"{folder}:{HERE}", **settings}
-        command = command.replace("main:app", "prototype:app")
-        script = ["sh", "-c", f"exec {command} >{self.log_file} 2>&1"]
         how = {"cwd": folder, "env": environment, "process_group": 0}
-        self.process = subprocess.Popen(script, **how)
-        limits = httpx.Limits(max_keepalive_connections=0)  # as of many clients
+        line = f"exec {command} >{self.log_file} 2>&1".replace("main:", "prototype:")
+        self.process = subprocess.Popen(["sh", "-c", line], **how)
         url = f"http://127.0.0.1:{self.port}"
-        super().__init__(base_url=url, limits=limits, timeout=30)
+        headers = {"Content-Type": "application/json", "Connection": "close"}
+        super().__init__(base_url=url, headers=headers, timeout=30)
 
     def __enter__(self):
         self.wait_for("Uvicorn running")
@@ -207,6 +198,9 @@ class Service(httpx.Client):
     def wait_for(self, text, count=1, start=0):
         what = f"{text} in {self.log_file}"
         wait_until(what, lambda: self.log[start:].count(text) >= count, 20)
+
+    def connect(self):
+        return socket.create_connection(("127.0.0.1", self.port))
 
     def create(self):
         return self.post("/users", json=new_user())
@@ -237,12 +231,6 @@ def load_main(monkeypatch, tmp_path):
     return load
 
 
-@pytest.fixture(scope="session")
-def postgresql():
-    with run_postgresql() as server:
-        yield server
-
-
 @pytest.fixture(scope="session", params=["sqlite", "postgresql"])
 def database_url(request, tmp_path_factory):
     if request.param == "sqlite":
@@ -252,12 +240,11 @@ def database_url(request, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def service(database_url, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("service")
-    with Service(folder, DATABASE_URL=database_url) as service:
+    with Service(tmp_path_factory.mktemp("service"), DATABASE_URL=database_url) as it:
         if database_url.startswith("postgresql"):  # have ids of more than 32 bits
             query(database_url, f"ALTER SEQUENCE users_id_seq RESTART WITH {2**40}")
-        service.run(WORK)  # whose end is tested late
-        yield service
+        it.run(WORK)  # whose end is tested late
+        yield it
 
 
 def test_a_created_user_is_answered_and_can_be_fetched(service):
@@ -269,7 +256,6 @@ def test_a_created_user_is_answered_and_can_be_fetched(service):
     assert (created.status_code, path) == (201, f"/users/{created.json()['id']}")
     assert created.json() == fetched.json() == {**user, "id": created.json()["id"]}
     assert (fetched.status_code, head.status_code, head.content) == (200, 200, b"")
-    assert head.headers["content-length"] == fetched.headers["content-length"]
 
 
 def test_a_duplicate_email_in_another_case_is_409(service):
@@ -296,13 +282,11 @@ def test_health_and_the_documentation_answer(service):
 
 def test_the_document_has_the_two_endpoints_and_all_their_answers(load_main):
     paths = load_main().app.openapi()["paths"]
-    create, read = paths["/users"].pop("post"), paths["/users/{user_id}"].pop("get")
-
-    both = [" ".join(sorted(it["responses"])) for it in (create, read)]
+    post, get = paths["/users"].pop("post"), paths["/users/{user_id}"].pop("get")
 
     assert [*paths.values()] == [{}, {}]
-    assert both[0] == "201 400 401 409 413 415 422 500 503"
-    assert both[1] == "200 401 404 413 422 500 503"
+    assert " ".join(sorted(post["responses"])) == "201 400 401 409 413 415 422 500 503"
+    assert " ".join(sorted(get["responses"])) == "200 401 404 413 422 500 503"
 
 
 EMAILS = ["marker", "marker@localhost", "marker@example.com\x00", "x@marker€.com"]
@@ -312,7 +296,7 @@ NAMES = ["", " \t\n\xa0\u3000", "x" * 201, "marker\x00", "marker\x85x", "marker\
 IDS = ["0", "1.5", "%00%FF", str(2**63), "9" * 5000]
 BODIES = [b"", b"[{}]", b'"marker"', b'{"marker" }', b"{%b}" % (b'"x":1,' * 3000)]
 UNREADABLE = [b'{"email": "marker\xff"}', b"[" * 60_000, b'{"x": %b}' % (b"9" * 50_000)]
-BAD_INPUT = [
+REFUSED = [
     *[(422, ["body", "email"], {"email": email}) for email in EMAILS],
     *[(422, ["body", "full_name"], {"full_name": name}) for name in NAMES],
     *[(422, ["path", "user_id"], f"GET /users/{user_id}") for user_id in IDS],
@@ -322,14 +306,9 @@ BAD_INPUT = [
     (404, [], "GET /marker"),
     (413, [], b'{"email": "marker@example.com"}'.ljust(65_537)),
 ]
-JSON = {"Content-Type": "application/json"}
 
 
-def name_input(value):
-    return ascii(value)[-40:]
-
-
-@pytest.mark.parametrize(("status", "place", "sent"), BAD_INPUT, ids=name_input)
+@pytest.mark.parametrize("status, place, sent", REFUSED, ids=lambda it: ascii(it)[-40:])
 def test_bad_input_is_refused_without_an_echo(service, status, place, sent):
     before = len(service.log)
     if isinstance(sent, dict):
@@ -337,7 +316,7 @@ def test_bad_input_is_refused_without_an_echo(service, status, place, sent):
     if isinstance(sent, str):
         answer = service.request(*sent.split())
     else:
-        answer = service.post("/users", content=iter([sent]), headers=JSON)
+        answer = service.post("/users", content=iter([sent]))
     detail = answer.json()["detail"]
 
     assert (answer.status_code, list(answer.json())) == (status, ["detail"])
@@ -349,29 +328,26 @@ def test_bad_input_is_refused_without_an_echo(service, status, place, sent):
     assert (service.create().status_code, service.log[before:]) == (201, "")
 
 
-GOOD_INPUT = [
-    ("email", "{}+tag.O'Hara@MAIL.example.com", "{}+tag.o'hara@mail.example.com"),
-    ("email", "{}@xn--exmple-cua.com", "{}@exämple.com"),
-    ("email", "{}J\u030c@example.com", "{}\u01f0@example.com"),
+ODD = "e\u0301 \U0001f469\u200d\U0001f52c \u05d0\u200f\u0639 O'Hara'; -- %s \\ \"<b>"
+ACCEPTED = [
+    ("email", "ada+tag.O'Hara@MAIL.example.com", "ada+tag.o'hara@mail.example.com"),
+    ("email", "ada@xn--exmple-cua.com", "ada@exämple.com"),
+    ("email", "adaJ\u030c@example.com", "ada\u01f0@example.com"),
     ("full_name", f" {'x' * 200}\n", "x" * 200),
-    ("full_name", "e\u0301\U0001f469\u200d\U0001f52c \u05d0\u05d3\u200f\u0639", ""),
-    ("full_name", "O'Hara; DROP TABLE users -- %s \\ \"<b>", ""),
+    ("full_name", ODD, ODD),
 ]
 
 
-@pytest.mark.parametrize(("field", "value", "stored"), GOOD_INPUT)
+@pytest.mark.parametrize("field, value, stored", ACCEPTED)
 def test_a_good_field_comes_back_lower_cased_or_trimmed(service, field, value, stored):
-    unique = str(uuid4())
-    user = new_user() | {field: value.replace("{}", unique)}
-    path = service.post("/users", json=user).headers["location"]
+    created = service.post("/users", json=new_user() | {field: value})
 
-    assert service.get(path).json()[field] == (stored or value).replace("{}", unique)
+    assert service.get(created.headers["location"]).json()[field] == stored
 
 
-@pytest.mark.parametrize("kind", [b"application/x-www-form-urlencoded", b"\xff", None])
+@pytest.mark.parametrize("kind", [b"application/x-www-form-urlencoded", b"\xff", b""])
 def test_a_body_not_declared_as_json_is_415_and_says_what_to_add(service, kind):
-    headers = {b"Content-Type": kind} if kind else {}
-    answer = service.post("/users", content=b"{}", headers=headers)
+    answer = service.post("/users", content=b"{}", headers={b"Content-Type": kind})
     detail = "Send JSON, and the header Content-Type: application/json"
 
     assert (answer.status_code, answer.json()) == (415, {"detail": detail})
@@ -382,14 +358,13 @@ POST = f"POST /users {HOST}Content-Type: application/json\r\n"
 ENDLESS = [("Transfer-Encoding: chunked\r\n\r\n", "10000\r\n%b\r\n"), ("", "X: %b\r\n")]
 
 
-@pytest.mark.parametrize(("start", "more"), ENDLESS, ids=["body", "header"])
+@pytest.mark.parametrize("start, more", ENDLESS, ids=["body", "header"])
 def test_what_has_no_end_is_cut_off_and_not_kept_in_memory(service, start, more):
     before = service.megabytes("VmRSS")
-    with socket.create_connection(("127.0.0.1", service.port)) as endless:
+    with service.connect() as endless, suppress(ConnectionError):
         endless.sendall(f"{POST}{start}".encode())
-        with suppress(ConnectionError):
-            for _ in range(1000):
-                endless.sendall(more.encode() % (b"x" * 2**16))
+        for _ in range(1000):
+            endless.sendall(more.encode() % (b"x" * 2**16))
 
     assert service.megabytes("VmHWM") < before + 30
     assert service.create().status_code == 201
@@ -400,21 +375,18 @@ OTHERS = ["", "Bearer", f"Bearer {TOKEN[:-1]}", f"Bearer {TOKEN}2", "Bearer \xff
 OTHERS += [TOKEN, f"Bearer {TOKEN.upper()}", f"Basic {TOKEN}"]
 
 
-@pytest.mark.parametrize("header", OTHERS)
-def test_with_a_token_set_only_a_request_with_it_is_answered(load_main, header):
-    main, user = load_main(API_TOKEN=TOKEN), new_user()
-    sent = {"Authorization": header.encode("latin-1")} if header else {}
-    with TestClient(main.app, headers=sent) as client:
+@pytest.mark.parametrize("auth", OTHERS)
+def test_with_a_token_set_only_a_request_with_it_is_answered(load_main, auth):
+    user, sent = new_user(), {"Authorization": auth.encode("latin-1")} if auth else {}
+    with TestClient(load_main(API_TOKEN=TOKEN).app, headers=sent) as client:
         answers = [client.post("/users", json=body) for body in ({}, user)]
         answers += [client.get("/users/x"), client.head("/users/1")]
         client.headers["Authorization"] = f"bearer {TOKEN}"
         path = client.post("/users", json=user).headers["location"]
         assert client.get(path).status_code == 200
-    security = json.dumps(main.app.openapi()["paths"]).count('[{"HTTPBearer": []}]')
 
     assert [answer.status_code for answer in answers] == [401] * 4
     assert {answer.headers["www-authenticate"] for answer in answers} == {"Bearer"}
-    assert security == 2
 
 
 @pytest.mark.parametrize("settings", [{}, {"DATABASE_URL": "", "API_TOKEN": ""}])
@@ -454,8 +426,7 @@ def test_a_bad_setting_ends_the_start_with_one_sentence(load_main, caplog, setti
 def test_a_wait_for_the_database_in_vain_ends_with_one_line_that_says_why(tmp_path):
     main = (HERE / "main.py").read_text()
     (tmp_path / "main.py").write_text(main.replace("after(30)", "after(2)"))
-    url = f"postgresql://ada:secret@127.0.0.1:{find_free_port()}/users"
-    service = Service(tmp_path, DATABASE_URL=url)
+    service = Service(tmp_path, DATABASE_URL="postgresql://ada:secret@127.0.0.1:1/db")
 
     assert service.process.wait(timeout=10) == 3
     assert len(re.findall("No database .* Connection refused", service.log)) == 1
@@ -463,7 +434,7 @@ def test_a_wait_for_the_database_in_vain_ends_with_one_line_that_says_why(tmp_pa
 
 
 def test_the_start_waits_for_the_database_and_sigterm_ends_the_wait(tmp_path, network):
-    network.server.stop()
+    network.server.close()
     both = [Service(tmp_path, DATABASE_URL=network.server.url) for _ in "ab"]
     for service in both:
         service.wait_for("Waiting for the database")
@@ -505,21 +476,16 @@ def test_the_procfile_serves_every_interface_and_logs_no_request(service):
 
 
 # Count the statuses on kept-alive connections: GETs, first a POST on each fourth.
-def send_load(service, connections, requests, path="/users", body=None):
-    get = f"GET {service.create().headers['location']} {HOST}\r\n"
-    statuses = Counter()
+def send_load(service, connections, requests):
+    get, statuses = service.create().headers["location"], Counter()
+    how = {"base_url": service.base_url, "verify": False, "timeout": 30}
 
     async def send(number):
-        reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
-        sent = json.dumps(body.replace("{0}", str(uuid4())) if body else new_user())
-        head = POST.replace("/users", path)
-        post = f"{head}Content-Length: {len(sent)}\r\n\r\n{sent}"
-        for request in [get if number % 4 else post, *[get] * (requests - 1)]:
-            writer.write(request.encode())
-            answer = await reader.readuntil(b"\r\n\r\n")
-            await reader.readexactly(int(re.search(rb"length: (\d+)", answer)[1]))
-            statuses[int(answer.split()[1])] += 1
-        writer.close()
+        async with httpx.AsyncClient(**how) as one:
+            for request in range(requests):
+                post = not (request or number % 4)
+                sent = one.post("/users", json=new_user()) if post else one.get(get)
+                statuses[(await sent).status_code] += 1
 
     async def send_all():
         await asyncio.gather(*map(send, range(connections)))
@@ -528,10 +494,7 @@ def send_load(service, connections, requests, path="/users", body=None):
     return statuses
 
 
-LOADS = [(10, 100), (256, 2), (1000, 1)]
-
-
-@pytest.mark.parametrize(("connections", "requests"), LOADS)
+@pytest.mark.parametrize("connections, requests", [(10, 100), (256, 2), (1000, 1)])
 def test_no_request_fails_at_any_number_of_connections(service, connections, requests):
     posts = len(range(0, connections, 4))
     wanted = {201: posts, 200: connections * requests - posts}
@@ -548,24 +511,22 @@ SHORTEN = "import prototype; prototype.REQUEST_TIMEOUT = "
 
 def test_a_line_that_does_not_move_is_503_in_the_end(service):
     service.run(f"{SHORTEN}0.2")
-    with ThreadPoolExecutor() as threads:
-        code = "time.sleep(2)"
-        sent = [threads.submit(time_status, service.run, code) for _ in range(6)]
+    statuses = send_at_once(6, service.run, "time.sleep(2)")
     service.run(f"{SHORTEN}4")
 
-    assert (503, 0) < max(it.result() for it in sent) < (503, 1.9)
+    assert statuses == {200, 503}
 
 
 def test_who_waited_too_long_behind_a_failure_is_not_sent_to_the_database(service):
     code = "time.sleep(0.9); raise exc.OperationalError(None, None, Exception('gone'))"
     before, _ = len(service.log), service.run(f"{SHORTEN}0.2")
     with ThreadPoolExecutor() as threads:
-        sent = [threads.submit(service.run, code) for _ in range(5)]
+        holders = threads.submit(send_at_once, 5, service.run, code)
         wait_until("all turns are taken", lambda: service.tell("turns") == 0, 5)
         assert send_at_once(9, service.create) == {503}
     service.run(f"{SHORTEN}4")
 
-    assert [it.result().status_code for it in sent] == [503] * 5
+    assert holders.result() == {503}
     assert "no answer in time" not in service.log[before:]
 
 
@@ -576,8 +537,8 @@ def test_400_stuck_clients_delay_no_one_and_leave_no_memory_behind(service):
     for _ in range(4):
         with ExitStack() as stack:
             for number in range(400):
-                client = socket.create_connection(("127.0.0.1", service.port))
-                stack.enter_context(client).sendall(stuck[number % 4].encode())
+                client = stack.enter_context(service.connect())
+                client.sendall(stuck[number % 4].encode())
             assert service.create().status_code == 201
             assert time_status(service.create) < (201, 1)
         assert service.create().status_code == 201
@@ -586,10 +547,11 @@ def test_400_stuck_clients_delay_no_one_and_leave_no_memory_behind(service):
     assert memory[3] < memory[0] + 12
 
 
+# They start at once on an empty database, and one email makes one user.
 def test_two_releases_race_within_20_connections(database_url, tmp_path):
-    """They start at once on an empty database, and one email makes one user."""
     url = create_database(database_url, "releases")
     count = "SELECT count(*) FROM pg_stat_activity WHERE datname = 'releases'"
+    count = "SELECT 0" if url.startswith("sqlite") else count
     both = [Service(tmp_path, DATABASE_URL=url, WEB_CONCURRENCY="2") for _ in "ab"]
     with both[0], both[1], ThreadPoolExecutor(50) as threads:
         for release in both:
@@ -600,20 +562,22 @@ def test_two_releases_race_within_20_connections(database_url, tmp_path):
         assert Counter(post.status_code for post in posts) == {201: 1, 409: 49}
         loads, held = [threads.submit(send_load, one, 50, 5) for one in both], [0]
         while not all(load.done() for load in loads):
-            held += [] if url.startswith("sqlite") else query(database_url, count)[0]
+            held += query(database_url, count)[0]
 
     assert [load.result() for load in loads] == [{201: 13, 200: 237}] * 2
     assert max(held) <= 20
 
 
+# A proxy before a server, under a name, and what can befall it until `mend`.
 class Network:
-    """A proxy before a server, under a name, and what can befall it until `mend`."""
-
     def __init__(self, server, folder):
         self.server, self.hosts, self.port = server, folder / "hosts", find_free_port()
         # It answers no attempt to connect, since its backlog is full.
         self.hole = socket.create_server(("127.0.0.2", self.port), backlog=0)
         self.filling = socket.create_connection(self.hole.getsockname())
+        # As on a PaaS, the service's role is no superuser.
+        role = "CREATE ROLE bob LOGIN IN ROLE pg_read_all_data, pg_write_all_data"
+        query(server.url, f"{role}; GRANT CREATE ON SCHEMA public TO bob")
         self.undo = ExitStack()
         self.mend()
         Thread(target=asyncio.run, args=[self.serve()], daemon=True).start()
@@ -624,12 +588,11 @@ class Network:
 
     async def accept(self, reader, writer):
         with suppress(OSError), closing(writer):
-            theirs = await asyncio.open_connection("127.0.0.1", self.server.port)
-            ways = (reader, theirs[1]), (theirs[0], writer)
-            await asyncio.gather(*[self.pass_on(*way) for way in ways])
+            back, on = await asyncio.open_connection("127.0.0.1", self.server.port)
+            await asyncio.gather(self.pipe(reader, on), self.pipe(back, writer))
 
     # Send pieces, after a pause, with odds to be seconds late, or cut.
-    async def pass_on(self, reader, writer):
+    async def pipe(self, reader, writer):
         with suppress(OSError), closing(writer):
             while data := await reader.read(65_536):
                 for piece in (data[: len(data) // 2], data[len(data) // 2 :]):
@@ -645,21 +608,15 @@ class Network:
         self.hosts.write_text(f"127.0.0.1 localhost\n{line}\n")
 
     def cut(self):
-        terminate = "SELECT pg_terminate_backend(pid, 1000) FROM pg_stat_activity"
-        others = "backend_type = 'client backend' AND pid <> pg_backend_pid()"
-        query(self.server.url, f"{terminate} WHERE {others}")
+        sql = "SELECT pg_terminate_backend(pid, 1000) FROM pg_stat_activity"
+        query(self.server.url, f"{sql} WHERE datname > '' AND pid <> pg_backend_pid()")
 
-    def fill(self):
+    # For connections from now on, which keep it when mended, as those to an old primary.
+    def alter(self, change):
+        query(self.server.url, f"ALTER ROLE bob {change}")
+        undo = "ALTER ROLE bob RESET ALL; ALTER ROLE bob CONNECTION LIMIT -1"
+        self.undo.callback(query, self.server.url, undo)
         self.cut()
-        with pytest.raises(exc.OperationalError, match="too many clients"):
-            while True:
-                self.undo.enter_context(connect(self.server.url))
-
-    def turn_read_only(self, change="SET default_transaction_read_only = on"):
-        for sql in (f"ALTER SYSTEM {change}", "SELECT pg_reload_conf()"):
-            query(self.server.url, sql)
-        self.undo.callback(query, self.server.url, "SELECT pg_reload_conf()")
-        self.undo.callback(query, self.server.url, "ALTER SYSTEM RESET ALL")
 
     def silence_names(self):
         server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -674,11 +631,11 @@ class Network:
 
 
 FAULTS = {
-    "stopped": lambda it: (it.server.stop("fast"), it.undo.callback(it.server.start)),
+    "stopped": lambda it: (it.server.close(), it.undo.callback(it.server.start)),
     "frozen": lambda it: setattr(it, "frozen", True),
     "locked": lambda it: it.undo.enter_context(closing(lock_users(it.server.url))),
-    "read-only": Network.turn_read_only,
-    "full": Network.fill,
+    "read-only": lambda it: it.alter("SET default_transaction_read_only = on"),
+    "full": lambda it: it.alter("CONNECTION LIMIT 0"),
     "slow": lambda it: setattr(it, "pause", 0.5),
     "black-holed": lambda it: (it.name("127.0.0.2 db.users"), it.cut()),
     "nameless": Network.silence_names,
@@ -701,7 +658,7 @@ def direct(network):
         bind = f"mount --bind {folder}/$name /etc/$name || exit"
         script = f"for name in hosts resolv.conf; do {bind}; done; exec {COMMAND}"
         command, host = f"unshare --mount sh -c '{script}'", "db.users"
-    url = f"postgresql://ada@{host}:{network.port}/postgres?application_name=direct"
+    url = f"postgresql://bob@{host}:{network.port}/postgres?application_name=direct"
     with Service(folder, command, DATABASE_URL=url) as service:
         yield service
 
@@ -716,14 +673,11 @@ def bounced(network, tmp_path_factory):
     lines += [f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}"]
     lines += ["auth_type = any\npool_mode = transaction\nserver_login_retry = 1"]
     file.write_text("\n".join(lines))
-    command = [*POSTGRES.split(), "pgbouncer", "--quiet", file]
-    bouncer = subprocess.Popen(command, cwd=file.parent, stderr=subprocess.DEVNULL)
+    command = f"sh -c '{POSTGRES} pgbouncer --quiet {file} & exec {COMMAND}'"
     url = f"postgresql+psycopg2://ada@127.0.0.1:{port}/postgres"
-    with Service(tmp_path_factory.mktemp("bounced"), DATABASE_URL=url) as service:
-        service.database_url = url
-        yield service
-    bouncer.kill()
-    bouncer.wait()
+    with Service(tmp_path_factory.mktemp("bounced"), command, DATABASE_URL=url) as it:
+        it.database_url = url
+        yield it
 
 
 # Every turn and connection is back, no more of them than the pool's, no file open.
@@ -743,24 +697,22 @@ def assert_at_rest(service, network):
 def test_an_outage_is_503_within_5_seconds_and_heals(network, direct, bounced, fault):
     if fault in ("nameless", "black-holed") and not NAMESPACES:
         pytest.skip("names of its own need Linux and root")
-    services = [direct, bounced] if fault in list(FAULTS)[:4] else [direct]
+    services = [direct, bounced] if fault in list(FAULTS)[:3] else [direct]
     waits = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
-    before, others = len(direct.log), []
+    before = len(direct.log)
     with ThreadPoolExecutor(36) as threads, ExitStack() as stack:
         stack.callback(network.mend)
         FAULTS[fault](network)
         sent = [(direct.run, 6), *((one.create, 5) for one in services)] * 12
         requests = [(threads.submit(time_status, it), limit) for it, limit in sent]
         while not all(request.done() for request, _ in requests):
-            others.append(time_status(direct.get, "/"))
+            assert time_status(direct.get, "/") < (307, 1)
         if fault == "locked":
             wait_until("no wait", lambda: not query(network.server.url, waits), 5)
     for one in services:
         wait_until("it is back", lambda one=one: one.create().status_code == 201, 3)
 
-    assert {request.result()[0] for request, _ in requests} == {503}
-    assert all(request.result()[1] < limit for request, limit in requests)
-    assert ({status for status, _ in others}, max(others) < (307, 1)) == ({307}, True)
+    assert all((503, 0) < sent.result() < (503, limit) for sent, limit in requests)
     assert not re.search("Traceback|INSERT INTO|secret|@example", direct.log[before:])
     assert_at_rest(direct, network)
 
@@ -769,14 +721,6 @@ def test_connections_that_the_server_closed_cost_nothing(network, direct):
     assert send_at_once(20, direct.create) == {201}
     network.cut()
     assert send_at_once(20, direct.create) == {201}
-
-
-def test_a_connection_to_a_server_turned_read_only_is_dropped(direct):
-    turn = "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY"
-    code = f"with engine.connect() as own: own.exec_driver_sql('{turn}'); own.commit()"
-    failed = direct.run(f"{code}; own.exec_driver_sql('CREATE TABLE x ()')", "-on-loop")
-
-    assert (failed.status_code, send_at_once(20, direct.create)) == (503, {201})
 
 
 def test_a_statement_may_take_what_is_left_of_the_deadline(direct):
@@ -792,84 +736,71 @@ def test_pgbouncers_next_transaction_has_no_limit(bounced):
     assert query(bounced.database_url, "SHOW statement_timeout") == [("0",)]
 
 
-# Eight clients that create users and fetch them; yields the statuses by email.
+# Eight clients that create users and fetch them; yields the answers to their posts. In
+# the end, each acknowledged user is there exactly once.
 @contextmanager
-def writers(service):
-    statuses, stopped = {}, Event()
+def writers(service, database_url):
+    posts, stopped = [], Event()
 
     def write(_):
         while not stopped.is_set():
-            user = new_user()
             with suppress(httpx.TransportError):
-                created = service.post("/users", json=user)
-                statuses[user["email"]] = created.status_code
-                if created.is_success:
-                    assert created.json() == {**user, "id": created.json()["id"]}
-                    got = service.get(created.headers["location"])
-                    assert got.status_code == 503 or got.json() == created.json()
+                posts.append(post := service.create())
+                if post.is_success:
+                    sent = json.loads(post.request.content)
+                    assert post.json() == {**sent, "id": post.json()["id"]}
+                    got = service.get(post.headers["location"])
+                    assert got.status_code == 503 or got.json() == post.json()
 
     with ThreadPoolExecutor(8) as threads, ExitStack() as stack:
         stack.callback(stopped.set)
         written = threads.map(write, range(8))
-        yield statuses
-    assert [*written] == [None] * 8
-
-
-# Each acknowledged user is there exactly once.
-def assert_kept(database_url, statuses):
+        yield posts
     stored = Counter(row[0] for row in query(database_url, "SELECT email FROM users"))
-
-    assert {stored[email] for email in statuses if statuses[email] == 201} == {1}
+    assert [*written] == [None] * 8
+    assert {stored[post.json()["email"]] for post in posts if post.is_success} == {1}
 
 
 def test_no_user_is_lost_when_the_service_is_killed(tmp_path, database_url):
-    with Service(tmp_path, DATABASE_URL=database_url) as one, writers(one) as statuses:
-        wait_until("users", lambda: [*statuses.values()].count(201) > 100, 30)
-        one.process.kill()
-    assert_kept(database_url, statuses)
+    service = Service(tmp_path, DATABASE_URL=database_url)
+    with service, writers(service, database_url) as posts:
+        wait_until("users", lambda: sum(it.is_success for it in posts) > 99, 30)
+        service.process.kill()
 
 
 def test_no_user_is_lost_when_postgresql_crashes(network, direct):
-    with writers(direct) as statuses:
-        wait_until("users", lambda: 201 in [*statuses.values()], 30)
-        network.server.stop("immediate")
-        wait_until("a crash", lambda: 503 in [*statuses.values()], 30)
+    with writers(direct, network.server.url) as posts:
+        wait_until("users", lambda: sum(it.is_success for it in posts) > 99, 30)
+        network.server.close()
+        wait_until("a failure", lambda: posts[-1].is_error, 30)
         network.server.start()
-        before = len(statuses)
-        wait_until("users", lambda: 201 in [*statuses.values()][before:], 30)
-    assert_kept(network.server.url, statuses)
+        wait_until("users", lambda: posts[-1].is_success, 30)
 
 
 def test_a_network_that_delays_splits_and_cuts_mixes_up_no_answers(network, direct):
-    with writers(direct) as statuses:
+    with writers(direct, network.server.url) as posts:
         network.odds = 0.02
-        while [*statuses.values()].count(503) < 9:
+        while sum(it.is_error for it in posts) < 9:
             assert time_status(direct.get, "/") < (307, 1)
-        wait_until("users", lambda: [*statuses.values()].count(201) > 9, 30)
+        wait_until("users", lambda: sum(it.is_success for it in posts) > 9, 30)
         network.mend()
-    assert_kept(network.server.url, statuses)
     assert_at_rest(direct, network)
 
 
 def test_what_is_in_flight_is_answered_before_a_stop(tmp_path, database_url):
     short = COMMAND.replace("shutdown 10", "shutdown 3")
-    with (
-        Service(tmp_path, short, DATABASE_URL=database_url) as service,
-        socket.create_connection(("127.0.0.1", service.port)) as stuck,
-        closing(lock_users(database_url)) as locker,
-        ThreadPoolExecutor() as threads,
-    ):
+    service = Service(tmp_path, short, DATABASE_URL=database_url)
+    with service, service.connect() as stuck:
         stuck.sendall(f"{POST}Content-Length: 99\r\n\r\n{{".encode())
-        post = threads.submit(service.create)
-        with pytest.raises(TimeoutError):
-            post.result(timeout=1)
-        service.process.terminate()
-        service.wait_for("Shutting down")
-        locker.close()
-
+        with ThreadPoolExecutor() as threads, closing(lock_users(database_url)):
+            post = threads.submit(service.create)
+            with pytest.raises(TimeoutError):
+                post.result(timeout=1)
+            service.process.terminate()
+            service.wait_for("Shutting down")
         assert post.result().status_code == 201
         assert service.process.wait(timeout=6) == -signal.SIGTERM
-    assert (short == COMMAND, "Traceback" in service.log) == (False, False)
+    assert "Traceback" not in service.log
 
 
 @pytest.mark.parametrize("code", ["{}['marker']", "session.exec(text('marker'))"])
@@ -909,7 +840,7 @@ def test_what_tutorials_write_works_in_twelve_requests_at_once(service, kind):
 
 
 def test_plain_endpoints_hold_at_256_connections(service):
-    assert send_load(service, 256, 1, "/run", PLAIN) == {200: 256}
+    assert send_at_once(256, service.run) == {200}
 
 
 def test_a_session_used_after_its_request_fails_and_keeps_no_connection(service):
@@ -942,8 +873,7 @@ def test_a_test_client_works_as_in_the_tutorial(load_main, database_url, lifespa
 
 def test_a_session_shared_as_in_the_tutorials_fixture_survives_a_409(load_main):
     main, user = load_main(), new_user()
-    options = {"connect_args": {"check_same_thread": False}, "poolclass": StaticPool}
-    engine = create_engine("sqlite://", **options)
+    engine = create_engine("sqlite://?check_same_thread=no", poolclass=StaticPool)
     SQLModel.metadata.create_all(engine)
     with Session(engine) as session:
         main.app.dependency_overrides[main.get_session] = lambda: session
@@ -969,22 +899,18 @@ with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connect
 
 def test_a_script_may_wait_and_use_cursors_indexes_and_copy(tmp_path, postgresql):
     url = create_database(postgresql.url, "script")
-    environment = {"PATH": PATH, "PYTHONPATH": str(HERE), "DATABASE_URL": url}
-    command = ["python", "-c", SCRIPT]
-    subprocess.run(command, cwd=tmp_path, env=environment, check=True)
+    env = {"PYTHONPATH": str(HERE), "DATABASE_URL": url}
+    subprocess.run([sys.executable, "-c", SCRIPT], cwd=tmp_path, env=env, check=True)
 
     assert "script@example.com" in (tmp_path / "copy").read_text()
 
 
 # A field, an endpoint, a test, and a migration of a table that has a user.
-def test_the_readmes_changes_work_word_for_word(tmp_path, request):
-    url = f"sqlite:///{tmp_path}/users.db"
-    if find_pg_ctl():
-        url = create_database(request.getfixturevalue("postgresql").url, "changed")
+def test_the_readmes_changes_work_word_for_word(tmp_path, database_url):
+    url = create_database(database_url, "changed")
     (tmp_path / ".venv").symlink_to(sys.prefix)
-    main, models = [tmp_path / name for name in ("main.py", "models.py")]
-    main.write_text((HERE / main.name).read_text())
-    models.write_text((HERE / models.name).read_text())
+    shutil.copy(HERE / "main.py", main := tmp_path / "main.py")
+    shutil.copy(HERE / "models.py", models := tmp_path / "models.py")
     field, endpoint, test = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     with Service(tmp_path, DATABASE_URL=url) as service:
         user = service.create().json()
@@ -996,16 +922,15 @@ def test_the_readmes_changes_work_word_for_word(tmp_path, request):
             text = re.sub(old, f"{new.strip()}\n", models.read_text(), flags=re.DOTALL)
             models.write_text(text)
     main.write_text(f"{main.read_text()}\n\n{endpoint}")
-    (tmp_path / "listed.py").write_text(test)
+    (listed := tmp_path / "listed.py").write_text(test)
     with Service(tmp_path, DATABASE_URL=url) as service:
         assert service.get(f"/users/{user['id']}").json() == {**user, "nickname": None}
-        odd = service.post("/users", json=new_user() | {"nickname": "\x00"})
-        assert odd.status_code == 422
-        for claim in runpy.run_path(tmp_path / "listed.py").values():
-            if callable(claim):
-                claim(service)
+        odd = new_user() | {"nickname": "\x00"}
+        assert service.post("/users", json=odd).status_code == 422
+        runpy.run_path(listed)["test_users_are_listed_from_an_id_on"](service)
 
 
+# Run a command beside such a PostgreSQL: `python test_main.py COMMAND ...`
 if __name__ == "__main__":
     with run_postgresql() as server:
         environment = os.environ | {"DATABASE_URL": server.url}
