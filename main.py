@@ -33,14 +33,14 @@ from sqlmodel import Session, SQLModel, create_engine, select
 
 from models import Message, User, UserCreate, UserId, UserRead
 
-REQUEST_TIMEOUT = 4  # seconds at the database, the wait behind a failure included
+REQUEST_TIMEOUT = 4  # seconds, from a request's turn or, if the database fails, arrival
 
 logger = logging.getLogger("uvicorn.error")
 
 
 def abort_start(reason: str) -> NoReturn:
     logger.error(reason)
-    raise SystemExit(3)  # uvicorn would restart a worker that ends with another status
+    raise SystemExit(3)  # with another status, uvicorn would restart a worker for ever
 
 
 def read_setting(name: str, default: str, pattern: str, meaning: str) -> str:
@@ -49,7 +49,8 @@ def read_setting(name: str, default: str, pattern: str, meaning: str) -> str:
     return value
 
 
-# An @ within the password must be %40, and SQLite in memory would be one a thread.
+# A second @ would move part of the password into the host, which errors quote, and
+# SQLite in memory would be one database per thread.
 DATABASE_URL = read_setting(
     "DATABASE_URL",
     "sqlite:///users.db",
@@ -66,13 +67,14 @@ gc.set_threshold(100_000)
 
 try:
     engine = create_engine(
+        # Else SQLAlchemy takes psycopg 3 for postgresql:, and knows no postgres:.
         re.sub("^postgres(ql)?:", "postgresql+psycopg2:", DATABASE_URL),
         pool_pre_ping=True,
         pool_size=DB_POOL_SIZE,
         max_overflow=-1,  # requests take turns, below; a full pool would block the loop
     )
 except (exc.ArgumentError, ValueError):
-    abort_start("DATABASE_URL must have hosts and ports like db.example.com:5432")
+    abort_start("DATABASE_URL must have hosts like db:5432 or ?host=a:5432&host=b:5432")
 
 deadline = ContextVar("deadline", default=inf)  # of the request, monotonic seconds
 
@@ -92,7 +94,7 @@ def wait_for_postgresql(connection: pg.connection) -> None:
             if not poller.poll(None if left == inf else left * 1000):
                 raise TimeoutError
     finally:
-        del connection  # an error's traceback would keep it open
+        del connection  # or an error's traceback would hold it, and so keep it open
 
 
 async def look_up(host: str, port: str) -> list[tuple[str, str, str]]:
@@ -111,10 +113,11 @@ if engine.dialect.name == "sqlite":
     # Reads go on beside a write.
     event.listen(engine, "connect", lambda db, _: db.execute("PRAGMA journal_mode=WAL"))
 else:
-    # Give libpq addresses, since it would look names up by blocking the loop.
+    # Give libpq addresses, since looking names up itself, it would block the loop.
     @event.listens_for(engine, "do_connect", named=True)
     def look_up_hosts(cparams: dict[str, str], **_: object) -> None:
-        # Milliseconds; on the loop, libpq ignores connect_timeout.
+        # Milliseconds, to leave an address without an answer in time for the next one.
+        # With a wait callback, libpq ignores connect_timeout.
         cparams.setdefault("tcp_user_timeout", f"{REQUEST_TIMEOUT * 1000 // 2}")
         if not in_greenlet() and deadline.get() - monotonic() < REQUEST_TIMEOUT / 2:
             raise TimeoutError  # in a thread, a lookup may go on for 2 seconds
@@ -128,7 +131,8 @@ else:
             raise exc.OperationalError(None, None, gaierror("host name not found"))
         cparams.update(zip(("host", "hostaddr", "port"), map(",".join, zip(*found))))
 
-    # Time out on the server too, at no round trip, or waits for locks pile up.
+    # Time out on the server too, or waits for locks pile up there. In front of the
+    # first statement, it costs no round trip.
     @event.listens_for(engine, "before_cursor_execute", retval=True)
     def limit_statement(
         _: object, cursor: pg.cursor, statement: str, parameters: object, *__: object
@@ -141,7 +145,7 @@ else:
             statement = f"SET LOCAL statement_timeout = {left}; {statement}"
         return statement, parameters
 
-    # After a failover, have a new connection look for the new primary.
+    # After a failover, answer 503, and have new connections look for the new primary.
     @event.listens_for(engine, "handle_error")
     def leave_read_only_server(context: ExceptionContext) -> None:
         if isinstance(error := context.original_exception, ReadOnlySqlTransaction):
@@ -154,7 +158,7 @@ last_failure = RunVar("last_failure", -inf)  # of the database, monotonic second
 UNAVAILABLE = (503, "Database unavailable", {"Retry-After": "2"})
 
 
-# The first line only: the rest may be hints, or SQL and its values.
+# The first line only: what follows may be hints, or SQL and its values.
 def describe(error: Exception) -> str:
     return str(error).partition("\n")[0] or "no answer in time"
 
@@ -163,11 +167,14 @@ async def get_session() -> AsyncGenerator[Session]:
     """A session for one request, closed before the response is sent, errors or not."""
     start = monotonic()
     turns.set(turn := turns.get(None) or anyio.Semaphore(DB_POOL_SIZE))
+    # Not to query after a commit; and to fail, not to connect, when used after closing.
     session = Session(engine, expire_on_commit=False, close_resets_only=False)
     try:
-        with anyio.fail_after(REQUEST_TIMEOUT * 6) as scope:  # before routers give up
+        # A PaaS's proxy gives up after 30 seconds.
+        with anyio.fail_after(REQUEST_TIMEOUT * 6) as scope:
             async with turn:
-                if last_failure.get() < start:  # it was the line that took so long
+                # Nothing failed since: the database is well, only the line is long.
+                if last_failure.get() < start:
                     start = monotonic()
                 elif monotonic() > start + REQUEST_TIMEOUT:
                     raise HTTPException(*UNAVAILABLE)
@@ -181,8 +188,9 @@ async def get_session() -> AsyncGenerator[Session]:
     except (exc.OperationalError, TimeoutError) as error:
         if getattr(error.__cause__, "sqlite_errorname", None) == "SQLITE_ERROR":
             raise  # wrong SQL, which is a bug
-        last_failure.set(monotonic())
-        logger.warning("Database unavailable: %s", describe(error))
+        if monotonic() < start + REQUEST_TIMEOUT * 6:  # it had a turn
+            last_failure.set(monotonic())
+            logger.warning("Database unavailable: %s", describe(error))
         raise HTTPException(*UNAVAILABLE) from None
 
 
@@ -191,20 +199,20 @@ SessionDep = Annotated[Session, Depends(get_session, scope="function")]
 
 def on_loop(endpoint: Callable[..., object]) -> Callable[..., object]:
     """Run an endpoint on the event loop, awaiting PostgreSQL; nothing else may block."""
-    # Undecorated, or on SQLite, it runs in a thread: correct, at twice the cost.
+    # Without this, and on SQLite, it runs in a thread: as well, at twice the cost.
     if engine.dialect.name == "sqlite":
         return endpoint
     return wraps(endpoint)(partial(greenlet_spawn, endpoint))
 
 
+# Those that are missing, as soon as the database is there.
 async def create_tables() -> None:
-    """Create the tables that are missing, as soon as the database is there."""
     reason = "no answer"
     with anyio.move_on_after(30):
         while True:
             try:
                 return await greenlet_spawn(SQLModel.metadata.create_all, engine)
-            except exc.DBAPIError as error:  # or another process was first
+            except exc.DBAPIError as error:  # it may be that another process was first
                 reason = describe(error)
                 logger.warning("Waiting for the database: %s", reason)
             await anyio.sleep(1)
@@ -216,7 +224,7 @@ async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
     pg.set_wait_callback(wait_for_postgresql)  # for all of psycopg2 in this process
     if not API_TOKEN:
         logger.warning("Anyone can create and fetch users: to stop that, set API_TOKEN")
-    # uvicorn's handlers act only when the start is over, which may be in 30 seconds.
+    # uvicorn's handlers act only when the start is over, which may take 30 seconds.
     signals = (SIGINT, SIGTERM) if current_thread() is main_thread() else ()
     handlers = [signal(it, lambda number, _: os._exit(128 + number)) for it in signals]
     await create_tables()
@@ -246,13 +254,13 @@ app = FastAPI(
 )
 
 
-# The parts of messages that may quote input, but not what is wrong with an email.
+# The parts of messages that may quote input; what "email address:" precedes does not.
 QUOTE = re.compile(r"(?<!email address): .*| \(.*", re.DOTALL)
 
 
 @app.exception_handler(RequestValidationError)
 async def answer_invalid(_: Request, error: RequestValidationError) -> Response:
-    # As FastAPI does, without the input: it may be secret, huge, or no UTF-8.
+    # As FastAPI does, without the input: it may be secret, huge, or not UTF-8.
     if isinstance(error.body, bytes):  # FastAPI parses only what is declared as JSON
         detail = "Send JSON, and the header Content-Type: application/json"
         return JSONResponse({"detail": detail}, 415)
@@ -265,7 +273,7 @@ async def answer_invalid(_: Request, error: RequestValidationError) -> Response:
 
 @app.exception_handler(Exception)
 async def answer_bug(_: Request, __: Exception) -> Response:
-    # As JSON, like every error.
+    # As JSON, where Starlette sends text.
     return JSONResponse({"detail": "Internal Server Error"}, 500)
 
 
@@ -306,7 +314,7 @@ def create_user(new_user: UserCreate, session: SessionDep, response: Response) -
     session.add(user)
     try:
         session.commit()
-    except exc.IntegrityError:  # the one check that holds in a race
+    except exc.IntegrityError:  # the only check that holds in a race
         session.rollback()
         raise HTTPException(409, "Email already registered") from None
     response.headers["Location"] = f"/users/{user.id}"

@@ -177,6 +177,7 @@ class Service(httpx.Client):
         environment |= {"PYTHONPATH": f"{folder}:{HERE}", **settings}
         how = {"cwd": folder, "env": environment, "process_group": 0}
         line = f"exec {command} >{self.log_file} 2>&1".replace("main:", "prototype:")
+        self.log_file.touch()
         self.process = subprocess.Popen(["sh", "-c", line], **how)
         url = f"http://127.0.0.1:{self.port}"
         headers = {"Content-Type": "application/json", "Connection": "close"}
@@ -259,12 +260,11 @@ def test_a_created_user_is_answered_and_can_be_fetched(service):
 
 
 def test_a_duplicate_email_in_another_case_is_409(service):
-    user = new_user()
-    service.post("/users", json=user)
-    again = service.post("/users", json=user | {"email": user["email"].upper()})
-    detail = "Email already registered"
+    user = service.create().json()
+    twin = service.post("/users", json=user | {"email": user["email"].upper()})
 
-    assert (again.status_code, again.json()) == (409, {"detail": detail})
+    assert twin.status_code == 409
+    assert twin.json() == {"detail": "Email already registered"}
 
 
 def test_an_unknown_id_is_404(service):
@@ -280,11 +280,11 @@ def test_health_and_the_documentation_answer(service):
     assert service.get("/", follow_redirects=True).url.path == "/docs"
 
 
-def test_the_document_has_the_two_endpoints_and_all_their_answers(load_main):
+def test_the_document_has_all_answers_of_the_two_endpoints(load_main):
     paths = load_main().app.openapi()["paths"]
-    post, get = paths["/users"].pop("post"), paths["/users/{user_id}"].pop("get")
+    post, get = paths["/users"]["post"], paths["/users/{user_id}"]["get"]
 
-    assert [*paths.values()] == [{}, {}]
+    assert {"/", "/health"}.isdisjoint(paths)
     assert " ".join(sorted(post["responses"])) == "201 400 401 409 413 415 422 500 503"
     assert " ".join(sorted(get["responses"])) == "200 401 404 413 422 500 503"
 
@@ -295,15 +295,15 @@ EMAILS += ["marker\ud800@example.com", "".join(map(chr, range(20_000, 22_000))) 
 NAMES = ["", " \t\n\xa0\u3000", "x" * 201, "marker\x00", "marker\x85x", "marker\ud800"]
 IDS = ["0", "1.5", "%00%FF", str(2**63), "9" * 5000]
 BODIES = [b"", b"[{}]", b'"marker"', b'{"marker" }', b"{%b}" % (b'"x":1,' * 3000)]
-UNREADABLE = [b'{"email": "marker\xff"}', b"[" * 60_000, b'{"x": %b}' % (b"9" * 50_000)]
+UNREADABLE = [b'{"email": "marker\xff"}', b'{"x": %b}' % (b"9" * 50_000)]
 REFUSED = [
     *[(422, ["body", "email"], {"email": email}) for email in EMAILS],
     *[(422, ["body", "full_name"], {"full_name": name}) for name in NAMES],
     *[(422, ["path", "user_id"], f"GET /users/{user_id}") for user_id in IDS],
     *[(422, ["body"], body) for body in BODIES],
     *[(400, [], body) for body in UNREADABLE],
-    *[(405, [], f"{method} /users") for method in ("GET", "PUT")],
-    (404, [], "GET /marker"),
+    (400 if sys.version_info < (3, 14) else 422, [], b"[" * 60_000),
+    *[(404, [], "GET /marker"), (405, [], "PUT /users")],
     (413, [], b'{"email": "marker@example.com"}'.ljust(65_537)),
 ]
 
@@ -370,18 +370,16 @@ def test_what_has_no_end_is_cut_off_and_not_kept_in_memory(service, start, more)
     assert service.create().status_code == 201
 
 
-TOKEN = "correct-horse"
-OTHERS = ["", "Bearer", f"Bearer {TOKEN[:-1]}", f"Bearer {TOKEN}2", "Bearer \xff"]
-OTHERS += [TOKEN, f"Bearer {TOKEN.upper()}", f"Basic {TOKEN}"]
+OTHERS = "|Bearer|Bearer hors|Bearer horse2|Bearer \xff|Bearer HORSE|Basic horse|horse"
 
 
-@pytest.mark.parametrize("auth", OTHERS)
+@pytest.mark.parametrize("auth", OTHERS.split("|"))
 def test_with_a_token_set_only_a_request_with_it_is_answered(load_main, auth):
     user, sent = new_user(), {"Authorization": auth.encode("latin-1")} if auth else {}
-    with TestClient(load_main(API_TOKEN=TOKEN).app, headers=sent) as client:
+    with TestClient(load_main(API_TOKEN="horse").app, headers=sent) as client:
         answers = [client.post("/users", json=body) for body in ({}, user)]
         answers += [client.get("/users/x"), client.head("/users/1")]
-        client.headers["Authorization"] = f"bearer {TOKEN}"
+        client.headers["Authorization"] = "bearer horse"
         path = client.post("/users", json=user).headers["location"]
         assert client.get(path).status_code == 200
 
@@ -395,11 +393,10 @@ def test_the_readmes_curls_work_without_settings_and_the_log_warns(tmp_path, set
     with Service(tmp_path, DB_POOL_SIZE="", **settings) as service:
         for command, answer in examples:
             command = command.replace("localhost:8000", f"localhost:{service.port}")
-            printed = subprocess.check_output(command, shell=True, text=True)
-            assert printed == answer.removesuffix("\n")
-    stored = query(f"sqlite:///{tmp_path}/users.db", "SELECT email FROM users")
+            printed = json.loads(subprocess.getoutput(command))
+            assert json.loads(answer).items() <= printed.items()
 
-    assert (len(examples) >= 3, stored) == (True, [("ada@example.com",)])
+    assert len(examples) >= 3 and (tmp_path / "users.db").exists()
     assert len(re.findall("WARNING.*(?:DATABASE_URL|API_TOKEN)", service.log)) == 2
 
 
@@ -446,10 +443,11 @@ def test_the_start_waits_for_the_database_and_sigterm_ends_the_wait(tmp_path, ne
         assert service.process.wait(timeout=5) == -signal.SIGTERM
 
 
+# Nothing listens on port 1 of 127.0.0.1, and 127.0.0.2 answers no attempt to connect.
 URLS = [
     "postgres://ada@/postgres?host=127.0.0.1:1&host=127.0.0.1:{0.port}",
-    "postgresql://ada@/postgres?host=127.0.0.2:{0.port}&host=127.0.0.1:{0.port}",  # hole
-    "postgresql://ada@no.invalid:1/postgres?host=tw\xf6..dots&host={1.folder}:{1.port}",
+    "postgresql://ada@/postgres?host=127.0.0.2:{0.port}&host=127.0.0.1:{0.port}",
+    "postgresql://ada@no.invalid,tw\xf6..dots,127.0.0.1:{0.port}/postgres?sslmode=allow",
     "postgresql+psycopg2://ada@/postgres?host={1.folder}&port={1.port}",
     "postgres://ada@no-such.invalid/postgres?hostaddr=127.0.0.1&port={0.port}",
 ]
@@ -465,6 +463,13 @@ def test_a_host_in_a_list_a_folder_or_an_address_is_reached(load_main, network, 
         assert client.get("/health").status_code == 200
         assert query(network.server.url, sql) == [(1,)]
     wait_until("it is closed", lambda: query(network.server.url, sql) == [(0,)], 3)
+
+
+def test_a_name_without_an_answer_is_given_up_for_the_next(load_main, monkeypatch):
+    main = load_main(DATABASE_URL="postgresql://ada@silent/users")
+    monkeypatch.setattr(main.anyio, "getaddrinfo", lambda *_, **__: asyncio.sleep(9))
+
+    assert asyncio.run(main.look_up("silent", "5432")) == []
 
 
 def test_the_procfile_serves_every_interface_and_logs_no_request(service):
@@ -496,10 +501,9 @@ def send_load(service, connections, requests):
 
 @pytest.mark.parametrize("connections, requests", [(10, 100), (256, 2), (1000, 1)])
 def test_no_request_fails_at_any_number_of_connections(service, connections, requests):
-    posts = len(range(0, connections, 4))
-    wanted = {201: posts, 200: connections * requests - posts}
+    statuses = send_load(service, connections, requests)
 
-    assert send_load(service, connections, requests) == wanted
+    assert (set(statuses), statuses.total()) == ({200, 201}, connections * requests)
 
 
 def test_a_line_longer_than_the_deadline_fails_nothing(service):
@@ -510,15 +514,16 @@ SHORTEN = "import prototype; prototype.REQUEST_TIMEOUT = "
 
 
 def test_a_line_that_does_not_move_is_503_in_the_end(service):
-    service.run(f"{SHORTEN}0.2")
-    statuses = send_at_once(6, service.run, "time.sleep(2)")
+    before, _ = len(service.log), service.run(f"{SHORTEN}0.2")
+    statuses = send_at_once(15, service.run, "time.sleep(2)")
     service.run(f"{SHORTEN}4")
 
-    assert statuses == {200, 503}
+    # It is no failure of the database, which the five that held the line may report.
+    assert (statuses, service.log[before:].count("\n") < 6) == ({200, 503}, True)
 
 
 def test_who_waited_too_long_behind_a_failure_is_not_sent_to_the_database(service):
-    code = "time.sleep(0.9); raise exc.OperationalError(None, None, Exception('gone'))"
+    code = "time.sleep(0.9); raise exc.OperationalError('marker', None, Exception())"
     before, _ = len(service.log), service.run(f"{SHORTEN}0.2")
     with ThreadPoolExecutor() as threads:
         holders = threads.submit(send_at_once, 5, service.run, code)
@@ -527,7 +532,7 @@ def test_who_waited_too_long_behind_a_failure_is_not_sent_to_the_database(servic
     service.run(f"{SHORTEN}4")
 
     assert holders.result() == {503}
-    assert "no answer in time" not in service.log[before:]
+    assert not re.search("no answer in time|marker", service.log[before:])
 
 
 def test_400_stuck_clients_delay_no_one_and_leave_no_memory_behind(service):
@@ -611,7 +616,7 @@ class Network:
         sql = "SELECT pg_terminate_backend(pid, 1000) FROM pg_stat_activity"
         query(self.server.url, f"{sql} WHERE datname > '' AND pid <> pg_backend_pid()")
 
-    # For connections from now on, which keep it when mended, as those to an old primary.
+    # For connections from now on, which keep it when mended, as to an old primary.
     def alter(self, change):
         query(self.server.url, f"ALTER ROLE bob {change}")
         undo = "ALTER ROLE bob RESET ALL; ALTER ROLE bob CONNECTION LIMIT -1"
@@ -658,7 +663,7 @@ def direct(network):
         bind = f"mount --bind {folder}/$name /etc/$name || exit"
         script = f"for name in hosts resolv.conf; do {bind}; done; exec {COMMAND}"
         command, host = f"unshare --mount sh -c '{script}'", "db.users"
-    url = f"postgresql://bob@{host}:{network.port}/postgres?application_name=direct"
+    url = f"postgresql://bob@{host}:{network.port}/postgres"
     with Service(folder, command, DATABASE_URL=url) as service:
         yield service
 
@@ -682,14 +687,11 @@ def bounced(network, tmp_path_factory):
 
 # Every turn and connection is back, no more of them than the pool's, no file open.
 def assert_at_rest(service, network):
-    sql = "SELECT state FROM pg_stat_activity WHERE application_name = 'direct'"
+    sql = "SELECT state, count(*) < 6 FROM pg_stat_activity WHERE usename = 'bob'"
+    url, rest = network.server.url, ([], [("idle", True)])
 
-    def rests():
-        states, back = query(network.server.url, sql), service.get("/state").json()
-        rest = len(states) <= 5 and set(states) <= {("idle",)}
-        return rest and (back["turns"], back["out"]) == (5, 0)
-
-    wait_until("all turns and connections are back", rests, 6)
+    wait_until("all turns", lambda: service.tell("turns") - service.tell("out") == 5, 6)
+    wait_until("idleness", lambda: query(url, f"{sql} GROUP BY state") in rest, 6)
     assert len(os.listdir(f"/proc/{service.process.pid}/fd")) < 26
 
 
@@ -699,21 +701,23 @@ def test_an_outage_is_503_within_5_seconds_and_heals(network, direct, bounced, f
         pytest.skip("names of its own need Linux and root")
     services = [direct, bounced] if fault in list(FAULTS)[:3] else [direct]
     waits = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
-    before = len(direct.log)
-    with ThreadPoolExecutor(36) as threads, ExitStack() as stack:
+    with ThreadPoolExecutor(37) as threads, ExitStack() as stack:
         stack.callback(network.mend)
+        # One that is at work, and asks the database when little of its time is left.
+        sent = [threads.submit(time_status, direct.run, f"time.sleep(3.5); {PLAIN}")]
+        wait_until("it works", lambda: direct.tell("turns") == 4, 5)
         FAULTS[fault](network)
-        sent = [(direct.run, 6), *((one.create, 5) for one in services)] * 12
-        requests = [(threads.submit(time_status, it), limit) for it, limit in sent]
-        while not all(request.done() for request, _ in requests):
+        for request in [direct.run, *(one.create for one in services)] * 12:
+            sent.append(threads.submit(time_status, request))
+        while not all(answer.done() for answer in sent):
             assert time_status(direct.get, "/") < (307, 1)
         if fault == "locked":
             wait_until("no wait", lambda: not query(network.server.url, waits), 5)
     for one in services:
         wait_until("it is back", lambda one=one: one.create().status_code == 201, 3)
 
-    assert all((503, 0) < sent.result() < (503, limit) for sent, limit in requests)
-    assert not re.search("Traceback|INSERT INTO|secret|@example", direct.log[before:])
+    assert all((503, 0) < answer.result() < (503, 5) for answer in sent)
+    assert not re.search("Traceback|INSERT INTO|secret|@example", direct.log)
     assert_at_rest(direct, network)
 
 
@@ -745,12 +749,11 @@ def writers(service, database_url):
     def write(_):
         while not stopped.is_set():
             with suppress(httpx.TransportError):
-                posts.append(post := service.create())
-                if post.is_success:
-                    sent = json.loads(post.request.content)
-                    assert post.json() == {**sent, "id": post.json()["id"]}
-                    got = service.get(post.headers["location"])
-                    assert got.status_code == 503 or got.json() == post.json()
+                posts.append(it := service.create())
+                if it.is_success:
+                    assert json.loads(it.request.content).items() < it.json().items()
+                    got = service.get(it.headers["location"])
+                    assert got.status_code == 503 or got.json() == it.json()
 
     with ThreadPoolExecutor(8) as threads, ExitStack() as stack:
         stack.callback(stopped.set)
@@ -827,7 +830,7 @@ try:
     with session.begin_nested(): session.add(User(email="{{0}}", full_name="B"))
 except exc.IntegrityError: session.exec(select(User).where(User.email == "{{0}}")).one()
 session.commit(); user.__dict__["email"]  # is there without a query
-session.refresh(user); [*session.exec(select(User).execution_options(yield_per=2))]
+[*session.exec(select(User).execution_options(yield_per=2))]; session.refresh(user)
 with Session(engine) as own: own.exec(select(1))
 session.commit(); own = engine.connect()
 own.execution_options(isolation_level="AUTOCOMMIT").execute(text("VACUUM")); own.close()
@@ -841,6 +844,12 @@ def test_what_tutorials_write_works_in_twelve_requests_at_once(service, kind):
 
 def test_plain_endpoints_hold_at_256_connections(service):
     assert send_at_once(256, service.run) == {200}
+
+
+# Since it may have to roll back, over the network.
+def test_a_session_is_closed_where_it_can_be_awaited(service):
+    service.run("session.close = lambda: done.append(in_greenlet())")
+    assert True in service.tell("done")
 
 
 def test_a_session_used_after_its_request_fails_and_keeps_no_connection(service):
@@ -924,14 +933,13 @@ def test_the_readmes_changes_work_word_for_word(tmp_path, database_url):
     main.write_text(f"{main.read_text()}\n\n{endpoint}")
     (listed := tmp_path / "listed.py").write_text(test)
     with Service(tmp_path, DATABASE_URL=url) as service:
-        assert service.get(f"/users/{user['id']}").json() == {**user, "nickname": None}
-        odd = new_user() | {"nickname": "\x00"}
-        assert service.post("/users", json=odd).status_code == 422
+        assert service.get(f"/users/{user['id']}").json() == {"nickname": None, **user}
+        assert service.post("/users", json=new_user() | {"nickname": ""}).is_error
         runpy.run_path(listed)["test_users_are_listed_from_an_id_on"](service)
 
 
 # Run a command beside such a PostgreSQL: `python test_main.py COMMAND ...`
 if __name__ == "__main__":
     with run_postgresql() as server:
-        environment = os.environ | {"DATABASE_URL": server.url}
-        sys.exit(subprocess.call(sys.argv[1:], env=environment))
+        env = os.environ | {"DATABASE_URL": server.url}
+        sys.exit(subprocess.call(sys.argv[1:], env=env))
