@@ -1,6 +1,7 @@
 """The promises of the README, on SQLite and on a PostgreSQL that the tests start."""
 
 import asyncio
+import atexit
 import importlib
 import json
 import os
@@ -90,7 +91,6 @@ class PostgreSQL:
         if ROOT:  # as which it refuses to run
             shutil.chown(folder, "postgres")
         self.control("init", "--options=--username=ada --auth=trust --encoding=UTF8 -N")
-        self.start()
 
     def control(self, *arguments: str) -> None:
         program = [*POSTGRES.split(), str(find_pg_ctl()), f"-D{self.folder}/data"]
@@ -108,6 +108,7 @@ def serve_postgresql() -> Iterator[PostgreSQL]:
         pytest.skip("PostgreSQL's server is not here: apt install postgresql")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # to stop the server
     with TemporaryDirectory() as folder, closing(PostgreSQL(Path(folder))) as server:
+        server.start()
         yield server
 
 
@@ -178,6 +179,7 @@ class Service(httpx.Client):
         how = {"cwd": folder, "env": environment, "process_group": 0}
         line = f"exec {command} >{self.log_file} 2>&1".replace("main:", "prototype:")
         self.log_file.touch()
+        atexit.register(self.__exit__)  # whatever happens
         self.process = subprocess.Popen(["sh", "-c", line], **how)
         url = f"http://127.0.0.1:{self.port}"
         headers = {"Content-Type": "application/json", "Connection": "close"}
@@ -197,11 +199,7 @@ class Service(httpx.Client):
         return self.log_file.read_text()
 
     def wait_for(self, text, count=1, start=0):
-        what = f"{text} in {self.log_file}"
-        wait_until(what, lambda: self.log[start:].count(text) >= count, 20)
-
-    def connect(self):
-        return socket.create_connection(("127.0.0.1", self.port))
+        wait_until(text, lambda: self.log[start:].count(text) >= count, 20)
 
     def create(self):
         return self.post("/users", json=new_user())
@@ -361,10 +359,11 @@ ENDLESS = [("Transfer-Encoding: chunked\r\n\r\n", "10000\r\n%b\r\n"), ("", "X: %
 @pytest.mark.parametrize("start, more", ENDLESS, ids=["body", "header"])
 def test_what_has_no_end_is_cut_off_and_not_kept_in_memory(service, start, more):
     before = service.megabytes("VmRSS")
-    with service.connect() as endless, suppress(ConnectionError):
+    with socket.create_connection(("127.0.0.1", service.port)) as endless:
         endless.sendall(f"{POST}{start}".encode())
-        for _ in range(1000):
-            endless.sendall(more.encode() % (b"x" * 2**16))
+        with suppress(ConnectionError):
+            for _ in range(1000):
+                endless.sendall(more.encode() % (b"x" * 2**16))
 
     assert service.megabytes("VmHWM") < before + 30
     assert service.create().status_code == 201
@@ -542,8 +541,8 @@ def test_400_stuck_clients_delay_no_one_and_leave_no_memory_behind(service):
     for _ in range(4):
         with ExitStack() as stack:
             for number in range(400):
-                client = stack.enter_context(service.connect())
-                client.sendall(stuck[number % 4].encode())
+                client = socket.create_connection(("127.0.0.1", service.port))
+                stack.enter_context(client).sendall(stuck[number % 4].encode())
             assert service.create().status_code == 201
             assert time_status(service.create) < (201, 1)
         assert service.create().status_code == 201
@@ -793,7 +792,7 @@ def test_a_network_that_delays_splits_and_cuts_mixes_up_no_answers(network, dire
 def test_what_is_in_flight_is_answered_before_a_stop(tmp_path, database_url):
     short = COMMAND.replace("shutdown 10", "shutdown 3")
     service = Service(tmp_path, short, DATABASE_URL=database_url)
-    with service, service.connect() as stuck:
+    with service, socket.create_connection(("127.0.0.1", service.port)) as stuck:
         stuck.sendall(f"{POST}Content-Length: 99\r\n\r\n{{".encode())
         with ThreadPoolExecutor() as threads, closing(lock_users(database_url)):
             post = threads.submit(service.create)
