@@ -49,12 +49,12 @@ def read_setting(name: str, default: str, pattern: str, meaning: str) -> str:
     return value
 
 
-# A second @ would move part of the password into the host, which errors quote, and
-# SQLite in memory would be one database per thread.
+# A second @, or a third slash, would move part of the password into a name that errors
+# quote, and SQLite in memory would be one database per thread.
 DATABASE_URL = read_setting(
     "DATABASE_URL",
     "sqlite:///users.db",
-    r"postgres(ql(\+psycopg2)?)?://[^@]*@?[^@]+|sqlite:///[^:?]+",
+    r"postgres(ql(\+psycopg2)?)?://(?!/.*@)[^@]*@?[^@]+|sqlite:///[^:?]+",
     "like postgresql://user:p%40ssword@host:5432/name or sqlite:///users.db",
 )
 DB_POOL_SIZE = int(read_setting("DB_POOL_SIZE", "5", r"[1-9]\d{0,2}", "1 to 999"))
@@ -79,8 +79,8 @@ except (exc.ArgumentError, ValueError):
 deadline = ContextVar("deadline", default=inf)  # of the request, monotonic seconds
 
 
+# In a greenlet, await on the event loop; elsewhere, as in a thread, block.
 def wait_for_postgresql(connection: pg.connection) -> None:
-    """In a greenlet, await on the event loop; elsewhere, as in a thread, block."""
     try:
         while (state := connection.poll()) != pg.POLL_OK:
             reads = state == pg.POLL_READ
@@ -97,8 +97,8 @@ def wait_for_postgresql(connection: pg.connection) -> None:
         del connection  # or an error's traceback would hold it, and so keep it open
 
 
+# The host, an address and the port, for each address; empty if not found.
 async def look_up(host: str, port: str) -> list[tuple[str, str, str]]:
-    """The host, an address and the port, for each address; empty if not found."""
     if not host or host.startswith("/"):  # the folder of a socket
         return [(host, "", port)]
     with suppress(gaierror, UnicodeError), anyio.move_on_after(REQUEST_TIMEOUT / 2):
@@ -137,17 +137,18 @@ else:
     def limit_statement(
         _: object, cursor: pg.cursor, statement: str, parameters: object, *__: object
     ) -> tuple[str, object]:
-        status = cursor.connection.get_transaction_status()
-        plain = not (cursor.connection.autocommit or cursor.name)
-        if deadline.get() < inf and status == pg.TRANSACTION_STATUS_IDLE and plain:
+        db, left = cursor.connection, max(deadline.get() - monotonic(), 0.001)
+        idle = db.get_transaction_status() == pg.TRANSACTION_STATUS_IDLE
+        if left < inf and idle and not (db.autocommit or cursor.name):
             # LOCAL, since through PgBouncer the next transaction is somebody else's.
-            left = max(int((deadline.get() - monotonic()) * 1000), 1)
-            statement = f"SET LOCAL statement_timeout = {left}; {statement}"
+            statement = f"SET LOCAL statement_timeout = {left * 1000:.0f}; {statement}"
         return statement, parameters
 
-    # After a failover, answer 503, and have new connections look for the new primary.
     @event.listens_for(engine, "handle_error")
-    def leave_read_only_server(context: ExceptionContext) -> None:
+    def leave_server(context: ExceptionContext) -> None:
+        # What cannot be rolled back cannot be used again.
+        context.is_disconnect |= context.statement is None
+        # After a failover, answer 503, and have new connections look for the primary.
         if isinstance(error := context.original_exception, ReadOnlySqlTransaction):
             context.is_disconnect = True
             raise exc.OperationalError(None, None, error)
@@ -158,9 +159,9 @@ last_failure = RunVar("last_failure", -inf)  # of the database, monotonic second
 UNAVAILABLE = (503, "Database unavailable", {"Retry-After": "2"})
 
 
-# The first line only: what follows may be hints, or SQL and its values.
+# What libpq says, in its first line: the rest may be hints, or SQL and its values.
 def describe(error: Exception) -> str:
-    return str(error).partition("\n")[0] or "no answer in time"
+    return str(getattr(error, "orig", "")).partition("\n")[0] or "no answer in time"
 
 
 async def get_session() -> AsyncGenerator[Session]:
@@ -183,7 +184,10 @@ async def get_session() -> AsyncGenerator[Session]:
                 try:
                     yield session
                 finally:
-                    await greenlet_spawn(session.close)
+                    # After the deadline, another thread may still be using it.
+                    with anyio.CancelScope(shield=scope.cancel_called) as end:
+                        run = anyio.to_thread.run_sync if end.shield else greenlet_spawn
+                        await run(session.close)
                     deadline.set(inf)  # for background tasks
     except (exc.OperationalError, TimeoutError) as error:
         if getattr(error.__cause__, "sqlite_errorname", None) == "SQLITE_ERROR":
@@ -200,9 +204,8 @@ SessionDep = Annotated[Session, Depends(get_session, scope="function")]
 def on_loop(endpoint: Callable[..., object]) -> Callable[..., object]:
     """Run an endpoint on the event loop, awaiting PostgreSQL; nothing else may block."""
     # Without this, and on SQLite, it runs in a thread: as well, at twice the cost.
-    if engine.dialect.name == "sqlite":
-        return endpoint
-    return wraps(endpoint)(partial(greenlet_spawn, endpoint))
+    run = wraps(endpoint)(partial(greenlet_spawn, endpoint))
+    return endpoint if engine.dialect.name == "sqlite" else run
 
 
 # Those that are missing, as soon as the database is there.
@@ -249,6 +252,7 @@ ERROR = {"model": Message}
 app = FastAPI(
     title="Users",
     lifespan=lifespan,
+    redirect_slashes=False,  # a redirect would quote the path
     max_body_size=65_536,  # bytes
     responses={401: ERROR, 413: ERROR, 500: ERROR, 503: ERROR},
 )

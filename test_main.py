@@ -301,7 +301,7 @@ REFUSED = [
     *[(422, ["body"], body) for body in BODIES],
     *[(400, [], body) for body in UNREADABLE],
     (400 if sys.version_info < (3, 14) else 422, [], b"[" * 60_000),
-    *[(404, [], "GET /marker"), (405, [], "PUT /users")],
+    *[(404, [], "GET /users/?marker"), (405, [], "PUT /users")],
     (413, [], b'{"email": "marker@example.com"}'.ljust(65_537)),
 ]
 
@@ -359,11 +359,10 @@ ENDLESS = [("Transfer-Encoding: chunked\r\n\r\n", "10000\r\n%b\r\n"), ("", "X: %
 @pytest.mark.parametrize("start, more", ENDLESS, ids=["body", "header"])
 def test_what_has_no_end_is_cut_off_and_not_kept_in_memory(service, start, more):
     before = service.megabytes("VmRSS")
-    with socket.create_connection(("127.0.0.1", service.port)) as endless:
-        endless.sendall(f"{POST}{start}".encode())
-        with suppress(ConnectionError):
-            for _ in range(1000):
-                endless.sendall(more.encode() % (b"x" * 2**16))
+    with suppress(OSError), socket.create_connection(("127.0.0.1", service.port)) as it:
+        it.sendall(f"{POST}{start}".encode())
+        for _ in range(1000):
+            it.sendall(more.encode() % (b"x" * 2**16))
 
     assert service.megabytes("VmHWM") < before + 30
     assert service.create().status_code == 201
@@ -400,12 +399,11 @@ def test_the_readmes_curls_work_without_settings_and_the_log_warns(tmp_path, set
 
 
 BAD_SETTINGS = """DB_POOL_SIZE=0 DB_POOL_SIZE=1000 API_TOKEN=a\xa0secret API_TOKEN=s\xe9cret
-DATABASE_URL=secret DATABASE_URL=mysql://ada:secret@localhost/users
 DATABASE_URL=sqlite:///:memory: DATABASE_URL=sqlite:///file::memory:?uri=true
-DATABASE_URL=postgresql://ada:secret@localhost:port/users
-DATABASE_URL=postgresql://ada:se@cret@localhost/users
-DATABASE_URL=postgresql://ada:secret@/users?host=a:b:c&host=d
-DATABASE_URL=postgresql://ada:secret@localhost/users?plugin=x"""
+DATABASE_URL=postgresql://a:secret@b:port/c DATABASE_URL=postgresql://a:se@cret@b/c
+DATABASE_URL=postgresql://a:secret@/c?host=a:b:c&host=d DATABASE_URL=secret
+DATABASE_URL=postgresql://a:secret@b/c?plugin=x DATABASE_URL=mysql://a:secret@b/c
+DATABASE_URL=postgres:///a:secret@b/c"""
 
 
 @pytest.mark.parametrize("setting", re.split("[ \n]", BAD_SETTINGS))
@@ -522,7 +520,8 @@ def test_a_line_that_does_not_move_is_503_in_the_end(service):
 
 
 def test_who_waited_too_long_behind_a_failure_is_not_sent_to_the_database(service):
-    code = "time.sleep(0.9); raise exc.OperationalError('marker', None, Exception())"
+    bad = "[TimeoutError('marker'), exc.OperationalError('marker', None, Exception(9))]"
+    code = f"time.sleep(0.9); done.append(9); raise {bad}[len(done) % 2]"
     before, _ = len(service.log), service.run(f"{SHORTEN}0.2")
     with ThreadPoolExecutor() as threads:
         holders = threads.submit(send_at_once, 5, service.run, code)
@@ -531,7 +530,7 @@ def test_who_waited_too_long_behind_a_failure_is_not_sent_to_the_database(servic
     service.run(f"{SHORTEN}4")
 
     assert holders.result() == {503}
-    assert not re.search("no answer in time|marker", service.log[before:])
+    assert re.findall("unavailable|marker", service.log[before:]) == ["unavailable"] * 5
 
 
 def test_400_stuck_clients_delay_no_one_and_leave_no_memory_behind(service):
@@ -845,17 +844,18 @@ def test_plain_endpoints_hold_at_256_connections(service):
     assert send_at_once(256, service.run) == {200}
 
 
-# Since it may have to roll back, over the network.
+# Closing may have to roll back; or, after the deadline, to wait for another thread.
 def test_a_session_is_closed_where_it_can_be_awaited(service):
     service.run("session.close = lambda: done.append(in_greenlet())")
-    assert True in service.tell("done")
+    service.run("session.close = lambda: done.append(in_greenlet()); time.sleep(4.1)")
+    assert {True, False} <= {*service.tell("done")}
 
 
 def test_a_session_used_after_its_request_fails_and_keeps_no_connection(service):
-    use = "\n  try: session.exec(select(1))\n  except exc.InvalidRequestError: "
-    service.run(f"def late():{use}done.append('late')\ntasks.add_task(late)")
+    service.run("def late(): session.exec(select(1))\ntasks.add_task(late)")
+    service.wait_for("InvalidRequestError")
+    service.run("session.exec(text('COPY users TO STDOUT'))")  # cannot be rolled back
 
-    wait_until("it fails", lambda: "late" in service.tell("done"), 5)
     wait_until("all is back", lambda: service.tell("out") == 0, 12)
 
 
