@@ -110,8 +110,9 @@ async def look_up(host: str, port: str) -> list[tuple[str, str, str]]:
 if engine.dialect.name == "sqlite":
     logger.warning("Users are kept in a file: for PostgreSQL, set DATABASE_URL")
 
-    # Reads go on beside a write.
-    event.listen(engine, "connect", lambda db, _: db.execute("PRAGMA journal_mode=WAL"))
+    # Reads go on beside a write, and writes wait for one another until the deadline.
+    pragmas = f"PRAGMA journal_mode=WAL; PRAGMA busy_timeout={REQUEST_TIMEOUT * 1000}"
+    event.listen(engine, "connect", lambda db, _: db.executescript(pragmas))
 else:
     # Give libpq addresses, since looking names up itself, it would block the loop.
     @event.listens_for(engine, "do_connect", named=True)
@@ -202,7 +203,7 @@ SessionDep = Annotated[Session, Depends(get_session, scope="function")]
 
 
 def on_loop(endpoint: Callable[..., object]) -> Callable[..., object]:
-    """Run an endpoint on the event loop, awaiting PostgreSQL; nothing else may block."""
+    """Run an endpoint on the event loop, where nothing but its session may wait."""
     # Without this, and on SQLite, it runs in a thread: as well, at twice the cost.
     run = wraps(endpoint)(partial(greenlet_spawn, endpoint))
     return endpoint if engine.dialect.name == "sqlite" else run
@@ -250,7 +251,6 @@ PROTECTION = [Depends(check_token)] if API_TOKEN else []
 ERROR = {"model": Message}
 
 app = FastAPI(
-    title="Users",
     lifespan=lifespan,
     redirect_slashes=False,  # a redirect would quote the path
     max_body_size=65_536,  # bytes
