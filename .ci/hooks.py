@@ -1,6 +1,6 @@
-"""Schemathesis hook: reserved domains, which no JSON Schema can express, are refused.
+"""Schemathesis hook: what no JSON Schema can express is refused, so it is not sent.
 
-So that these do not count as valid emails, no body with one is sent.
+These are emails at reserved domains, and names that are blank when trimmed.
 """
 
 import schemathesis
@@ -9,8 +9,8 @@ from email_validator import SPECIAL_USE_DOMAIN_NAMES
 
 @schemathesis.hook
 def filter_body(_: schemathesis.HookContext, body: object) -> bool:
-    email = body.get("email") if isinstance(body, dict) else None
+    fields = body if isinstance(body, dict) else {}
+    email, name = fields.get("email"), fields.get("full_name")
     domain = email.rpartition("@")[2].lower() if isinstance(email, str) else ""
-    return not any(
-        f".{domain}".endswith(f".{name}") for name in SPECIAL_USE_DOMAIN_NAMES
-    )
+    reserved = any(f".{domain}".endswith(f".{end}") for end in SPECIAL_USE_DOMAIN_NAMES)
+    return not (reserved or isinstance(name, str) and not name.strip())
