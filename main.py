@@ -147,7 +147,7 @@ else:
 
     @event.listens_for(engine, "handle_error")
     def leave_server(context: ExceptionContext) -> None:
-        # What cannot be rolled back cannot be used again.
+        # What fails to begin, commit or roll back is not used again.
         context.is_disconnect |= context.statement is None
         # After a failover, answer 503, and have new connections look for the primary.
         if isinstance(error := context.original_exception, ReadOnlySqlTransaction):
