@@ -1,30 +1,35 @@
-"""The user: one table, and the schemas of what a client sends and gets back."""
+"""The user: its table, and what clients send and get back."""
 
 from typing import Annotated, ClassVar
-from unicodedata import normalize
 
-from pydantic import AfterValidator, EmailStr, StringConstraints
+from annotated_types import Interval
+from pydantic import AfterValidator, EmailStr, StringConstraints, WithJsonSchema
 from sqlmodel import BigInteger, Field, Integer, SQLModel
 
-UserId = Annotated[int, Field(ge=1, le=2**63 - 1)]  # BIGINT's, and SQLite's, largest
-
-
-def lower(email: str) -> str:
-    """One spelling: in lower case, a letter may compose with its accent anew."""
-    return normalize("NFC", email.lower())
-
-
-Email = Annotated[EmailStr, AfterValidator(lower)]
+Email = Annotated[EmailStr, AfterValidator(str.lower)]
 Name = Annotated[
     str,
     StringConstraints(
         strip_whitespace=True,
         min_length=1,
         max_length=200,
-        # Any script, but no control characters.
-        pattern=r"^[^\x00-\x1f\x7f-\x9f]*$",
+        pattern=r"^[^\x00-\x1f\x7f-\x9f]*$",  # no control characters
     ),
 ]
+UserId = Annotated[
+    int,
+    Interval(ge=1, le=2**63 - 1),
+    # Without the maximum: FastAPI would write it as a float, which is one too large.
+    WithJsonSchema({"type": "integer", "format": "int64", "minimum": 1}),
+]
+
+# Alembic can drop only a constraint that has a name. These are the names that PostgreSQL
+# gives by itself; an index has SQLAlchemy's.
+SQLModel.metadata.naming_convention = {
+    "fk": "%(table_name)s_%(column_0_N_name)s_fkey",
+    "ix": "ix_%(column_0_label)s",
+    "uq": "%(table_name)s_%(column_0_N_name)s_key",
+}
 
 
 class UserBase(SQLModel):
@@ -35,7 +40,7 @@ class UserBase(SQLModel):
 class User(UserBase, table=True):
     __tablename__: ClassVar[str] = "users"
 
-    # 64 bits, because a refused duplicate burns a value of PostgreSQL's sequence.
+    # In PostgreSQL 64 bits, since each refused duplicate uses up a value too.
     id: int | None = Field(
         default=None,
         primary_key=True,
