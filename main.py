@@ -41,30 +41,29 @@ START_TIMEOUT = 30  # seconds to wait for the database
 
 logger = logging.getLogger("uvicorn.error")
 
-# Python's own value since 3.13. With the 700 of before, collecting garbage takes a fifth
-# of the CPU at 1,000 connections.
+# Python's default since 3.13. With the default before, 700, collecting garbage takes a
+# fifth of the CPU at 1,000 connections.
 gc.set_threshold(2_000)
 
 engine = create_engine(
-    # SQLAlchemy knows no postgres:, and takes postgresql: for another driver's.
+    # SQLAlchemy refuses postgres:, and uses another driver for postgresql:.
     re.sub("^postgres(ql)?:", "postgresql+psycopg2:", DATABASE_URL),
     pool_pre_ping=True,
     pool_size=DB_POOL_SIZE,
-    # SessionDep is the limit. A full pool would make a request wait by blocking the
-    # event loop.
+    # SessionDep limits the connections. The pool would do so by blocking the event loop.
     max_overflow=-1,
-    hide_parameters=True,  # in the log
+    hide_parameters=True,  # no values of users in the log
 )
 ON_SQLITE = engine.dialect.name == "sqlite"
 
 
-# psycopg2 blocks, but it lets a callback do its waiting. On PostgreSQL, an endpoint with
-# @on_loop runs in a greenlet on the event loop, and each of its waits lets other requests
-# go on. SQLAlchemy's asyncio extension works so too; here it is under a plain Session.
+# psycopg2 blocks, but it can leave its waiting to a function of ours. On PostgreSQL, an
+# endpoint with @on_loop runs in a greenlet on the event loop, and while it waits, other
+# requests go on. SQLAlchemy's asyncio extension works in the same way.
 def on_loop(endpoint: Callable[..., object]) -> Callable[..., Awaitable[object]]:
     """Run a `def` endpoint on the event loop, for half the CPU of a thread.
 
-    Nothing in it may block, except its session.
+    Only its session may wait in it. On SQLite it runs in a thread all the same.
     """
     run = run_in_threadpool if ON_SQLITE else greenlet_spawn
 
@@ -75,8 +74,8 @@ def on_loop(endpoint: Callable[..., object]) -> Callable[..., Awaitable[object]]
     return run_endpoint
 
 
-def wait_for_postgresql(connection: pg.connection) -> None:
-    """Await in a greenlet. Elsewhere, as in a thread, block."""
+def wait_for_socket(connection: pg.connection) -> None:
+    """In a greenlet, let others go on meanwhile. Elsewhere, block, as in a thread."""
     try:
         while (state := connection.poll()) != pg.POLL_OK:
             reads = state == pg.POLL_READ
@@ -89,19 +88,20 @@ def wait_for_postgresql(connection: pg.connection) -> None:
                 if not selector.select(REQUEST_TIMEOUT):
                     raise psycopg2.OperationalError("no answer in time")
     finally:
-        # Else the traceback of an error would keep the connection open until the garbage
-        # is collected.
+        # An error's traceback would keep the connection open until garbage is collected.
         del connection
 
 
 def connect_blocking(options: dict[str, Any]) -> pg.connection:
-    # After this time, libpq tries the next host of a list.
+    # When a host is silent for half the limit, libpq tries the next one in the URL. With
+    # a wait callback, it ignores connect_timeout.
     options.setdefault("tcp_user_timeout", REQUEST_TIMEOUT * 1000 // 2)  # milliseconds
+    # A server's own may be SQL_ASCII.
+    options.setdefault("client_encoding", "UTF8")
     connection: pg.connection = psycopg2.connect(**options)
-    connection.autocommit = True
-    connection.set_client_encoding("UTF8")
-    # Have the server end what nobody waits for any more: else requests that gave up would
-    # wait for a lock there, and fill it. Not before PostgreSQL 14, and not on Windows.
+    connection.autocommit = True  # a rollback would undo the setting
+    # The server ends what nobody waits for any more. Else requests that gave up would go
+    # on waiting for locks, and fill it. PostgreSQL has this since 14, not on Windows.
     with suppress(UndefinedObject, InvalidParameterValue):
         connection.cursor().execute("SET client_connection_check_interval = '100ms'")
     connection.autocommit = False
@@ -111,10 +111,10 @@ def connect_blocking(options: dict[str, Any]) -> pg.connection:
 def connect(cparams: dict[str, Any], **_: object) -> object:
     if not in_greenlet():
         return connect_blocking(cparams)
-    # In a thread, since libpq blocks while it looks up a name. With a limiter of its own,
-    # since slow endpoints may take all threads of the common one.
-    limiter = anyio.CapacityLimiter(1)
-    run = partial(anyio.to_thread.run_sync, abandon_on_cancel=True, limiter=limiter)
+    # In a thread, since libpq blocks while it looks up a name. Slow endpoints may hold
+    # all threads that others share, so this one is not counted among them.
+    own = anyio.CapacityLimiter(1)
+    run = partial(anyio.to_thread.run_sync, abandon_on_cancel=True, limiter=own)
     return await_(run(connect_blocking, cparams))
 
 
@@ -127,16 +127,16 @@ else:
 
 @event.listens_for(engine, "handle_error")
 def leave_read_only_server(context: ExceptionContext) -> None:
-    # After a failover it may be the former primary: have all connections made anew.
+    # After a failover, it may be the old primary. Connect anew, and answer 503.
     if isinstance(context.original_exception, ReadOnlySqlTransaction):
         context.is_disconnect = True
 
 
 def is_unavailable(error: DBAPIError) -> bool:
-    """Tell the database's state from a bug."""
+    """Whether the database is to blame, and not a bug."""
     cause = error.orig
     if isinstance(cause, sqlite3.OperationalError):
-        return cause.sqlite_errorname != "SQLITE_ERROR"  # which is wrong SQL
+        return cause.sqlite_errorname != "SQLITE_ERROR"  # that is wrong SQL
     return isinstance(cause, psycopg2.OperationalError) or error.connection_invalidated
 
 
@@ -150,18 +150,18 @@ async def limit_time() -> AsyncGenerator[None]:
         except DBAPIError as error:
             if not is_unavailable(error):
                 raise
-            reason = str(error.orig).partition("\n")[0]  # the rest may quote a user
+            reason = str(error.orig).partition("\n")[0]  # more may quote a user
     logger.warning("Database unavailable: %s", reason)
     raise HTTPException(503, "Database unavailable", {"Retry-After": "2"})
 
 
 async def get_session(
-    # It is entered first, so it also limits the wait in line for a session.
+    # It begins first, so the limit includes the wait in line for a session.
     _: Annotated[None, Depends(limit_time, scope="function")],
 ) -> AsyncGenerator[Session]:
-    """A session for one request, closed before the response is sent."""
-    # No query again after a commit. A session that is used after it is closed must fail:
-    # it would take a connection, and keep it.
+    """A session for one request, closed before the response is sent. See SessionDep."""
+    # Objects are not loaded again after a commit. A session that is used after it is
+    # closed fails; else it would take a connection, and keep it.
     session = Session(engine, expire_on_commit=False, close_resets_only=False)
     try:
         yield session
@@ -175,17 +175,20 @@ SessionDep = Annotated[
 
 
 async def create_tables() -> None:
-    """Create the missing tables, as soon as the database is there."""
+    """Create the missing tables, as soon as the database is there.
+
+    This must connect alone: SQLAlchemy makes an engine's first connection under a lock,
+    where two at once would block the event loop for ever.
+    """
     with anyio.move_on_after(START_TIMEOUT):
         while True:
             try:
                 return await greenlet_spawn(SQLModel.metadata.create_all, engine)
-            except DBAPIError as error:  # also if another process was faster
+            except DBAPIError as error:  # or another process creates them too
                 logger.warning("Waiting for the database: %s", error.orig)
             await anyio.sleep(1)
     logger.error("Waited for the database in vain")
-    # An error would be the end of uvicorn's other workers too.
-    os._exit(1)
+    os._exit(1)  # after an exception, uvicorn would stop its other workers too
 
 
 @asynccontextmanager
@@ -194,8 +197,8 @@ async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
         logger.warning("Users are kept in a file: for PostgreSQL, set DATABASE_URL")
     if not API_TOKEN:
         logger.warning("Anyone can create and fetch users: to stop that, set API_TOKEN")
-    # Not on import: scripts, migrations and notebooks have plain psycopg2.
-    pg.set_wait_callback(wait_for_postgresql)
+    # Not on import, so that scripts, migrations and notebooks have plain psycopg2.
+    pg.set_wait_callback(wait_for_socket)
     await create_tables()
     yield
     engine.dispose()
@@ -225,7 +228,7 @@ app = FastAPI(
 
 @app.exception_handler(RequestValidationError)
 async def answer_invalid(_: Request, error: RequestValidationError) -> Response:
-    """Answer as FastAPI does, without the input: it may be no JSON, or no UTF-8."""
+    """Answer as FastAPI does, without the input: it may not fit into JSON or UTF-8."""
     if isinstance(error.body, bytes):  # FastAPI parses only what is declared as JSON
         detail = "Send JSON, and the header Content-Type: application/json"
         return JSONResponse({"detail": detail}, 415)
@@ -244,7 +247,7 @@ async def redirect_to_docs() -> RedirectResponse:
 @app.api_route("/health", methods=["GET", "HEAD"], include_in_schema=False)
 @on_loop
 def check_health(
-    # In a line of its own, since a busy service is a healthy one.
+    # It does not wait in line with the others: a busy service is a healthy one.
     session: Annotated[
         Session, Depends(get_session, scope="function", max_concurrency=1)
     ],
@@ -267,7 +270,7 @@ def create_user(new_user: UserCreate, session: SessionDep, response: Response) -
     session.add(user)
     try:
         session.commit()
-    except IntegrityError:  # the only check that holds when two requests race
+    except IntegrityError:  # a check before could miss a request at the same time
         session.rollback()
         if not session.exec(select(User).where(User.email == new_user.email)).first():
             raise  # another constraint than the email's

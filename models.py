@@ -19,12 +19,12 @@ Name = Annotated[
 UserId = Annotated[
     int,
     Interval(ge=1, le=2**63 - 1),
-    # Without the maximum: FastAPI would write it as a float, which is one too large.
+    # No maximum here: FastAPI would write it as a float, which rounds it up.
     WithJsonSchema({"type": "integer", "format": "int64", "minimum": 1}),
 ]
 
-# Alembic can drop only a constraint that has a name. These are the names that PostgreSQL
-# gives by itself; an index has SQLAlchemy's.
+# Alembic can drop only what has a name. The names are PostgreSQL's own; an index has
+# SQLAlchemy's.
 SQLModel.metadata.naming_convention = {
     "fk": "%(table_name)s_%(column_0_N_name)s_fkey",
     "ix": "ix_%(column_0_label)s",

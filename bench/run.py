@@ -1,201 +1,126 @@
-"""Measure the service, two other wirings, and the service less one guarantee each.
+"""Measure the service beside two other ways to write it, in turns.
 
-Needs Linux, wrk and PostgreSQL's server programs.
+Prints tables to stdout and progress to stderr, and draws throughput.svg.
 """
 
 import argparse
-import os
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
-from socket import create_server
-from statistics import median
 from tempfile import TemporaryDirectory
-from urllib.request import urlopen
 
-from matplotlib import figure, rcParams
-from sqlmodel import create_engine
+import pandas
+import psutil
+from matplotlib import pyplot
 
 BENCH = Path(__file__).resolve().parent
-ROOT = BENCH.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(BENCH.parent))
 
-from models import User
-from test_main import run_postgresql
+from test_main import HERE, Service, query, run_postgresql
 
-OURS, TEXTBOOK, ASYNC = "the service", "walkthrough", "AsyncSession, asyncpg"
-OFTEN = "the service, gc at Python's pace"
-
-# Each is the service, with other text in its Procfile or its main.py.
-CONTENDERS = {
-    OURS: {},
-    TEXTBOOK: {"main:app": "walkthrough:app"},
-    ASYNC: {"main:app": "async_session:app"},
-    "the service, no ping": {"pool_pre_ping=True": "pool_pre_ping=False"},
-    "the service, no ORM": {
-        "from models import": "import core\nfrom models import",
-        "session.get(User, user_id)": "core.get_user(session, user_id)",
-        "User.model_validate(new_user)": "core.create_user(session, new_user)",
-        "session.add(user)": "",
-    },
-    "the service, httptools": {"--http h11": "--http httptools"},
-    OFTEN: {"gc.set_threshold(100_000)": ""},
+APPLICATIONS = {
+    "service": "main:app",
+    "walkthrough": "walkthrough:app",
+    "asyncpg": "async_session:app",
 }
-# In middle tones, which are legible on white (3:1 and more) as on black.
-CHART = {OURS: "#2f81f7", TEXTBOOK: "#d4731c", ASYNC: "#1a9c86"}
-GRAY = "#7a7f87"
-METHODS = ("GET", "POST")
-# Who is measured over how many connections.
-TURNS = {1: [*CHART], 32: [*CONTENDERS], 256: [*CHART], 1000: [*CHART, OFTEN]}
-# What the service takes is given beside each.
-COSTS = [(32, name) for name in CONTENDERS] + [(1000, OURS), (1000, OFTEN)]
+CONNECTIONS = [1, 32, 256, 1000]
 USERS = """TRUNCATE users RESTART IDENTITY;
 INSERT INTO users (email, full_name)
-SELECT n || '@example.com', 'Ada Lovelace' FROM generate_series(1, 1000) n"""
-
+SELECT n || '@example.com', 'Ada Lovelace' FROM generate_series(1, 1000) n;
+ANALYZE users"""
 Figures = dict[str, float]
-Runs = dict[tuple[int, str, str], list[Figures]]  # of each round
 
 
-def prepare(folder: Path) -> None:
-    """Write each contender's main.py, and its command as a shell script."""
-    for name, replacements in CONTENDERS.items():
-        text = (ROOT / "Procfile").read_text() + (ROOT / "main.py").read_text()
-        for old, new in replacements.items():
-            if text.count(old) != 1:
-                # The variant would be the service itself, or broken.
-                sys.exit(f"Not once in the Procfile and main.py, see run.py: {old}")
-            text = text.replace(old, new)
-        command, code = text.split("\n", 1)
-        (folder / name).mkdir()
-        (folder / name / "web").write_text(command.replace("web:", "exec"))
-        (folder / name / "main.py").write_text(code)
+def send_load(url: str, method: str, connections: int, seconds: int) -> list[float]:
+    """Return the number of answers, of seconds and of failures."""
+    options = f"-t1 -c{connections} -d{seconds}s --timeout 10s -s {BENCH}/load.lua"
+    command = f"wrk {options} {url} -- {method} {time.time_ns()}"
+    printed = subprocess.check_output(command.split(), text=True)
+    answers, took, failures = map(float, printed.splitlines()[-1].split())
+    # wrk counts no connection that never gets an answer.
+    return [answers, took, failures + max(connections - answers, 0)]
 
 
-def load(port: int, method: str, connections: int, seconds: int) -> list[float]:
-    """Return the number of answers, seconds and failures."""
-    options = f"-t1 -c{connections} -d{seconds}s --timeout 10s -s load.lua"
-    argument = "1000" if method == "GET" else str(time.time_ns())
-    command = f"wrk {options} http://127.0.0.1:{port} -- {method} {argument}"
-    printed = subprocess.check_output(command.split(), cwd=BENCH)
-    return [float(figure) for figure in printed.splitlines()[-1].split()]
+def measure(service: Service, method: str, connections: int, seconds: int) -> Figures:
+    """Send a load to a running service, after a second's load to warm up."""
+    url = str(service.base_url)
+    process = psutil.Process(service.process.pid)
+    send_load(url, method, 32, 1)
+    before = process.cpu_times()
+    answers, took, failures = send_load(url, method, connections, seconds)
+    after = process.cpu_times()
+    cpu = after.user - before.user + after.system - before.system
+    return {
+        "requests a second": answers / took,
+        "CPU of a request, µs": cpu * 1e6 / max(answers, 1),
+        "memory, MB": process.memory_info().rss / 1e6,
+        "failures": failures,
+    }
 
 
-def read_usage(pid: int) -> tuple[float, float]:
-    """Return the seconds of CPU used up, and the MB of resident memory."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    seconds = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return seconds, int(fields[21]) * os.sysconf("SC_PAGESIZE") / 1e6
+def measure_in_turns(database_url: str, rounds: int, seconds: int) -> pandas.DataFrame:
+    turns = pandas.MultiIndex.from_product(
+        [range(rounds), ["GET", "POST"], CONNECTIONS, APPLICATIONS],
+        names=["round", "method", "connections", "application"],
+    )
+    settings = {
+        "DATABASE_URL": database_url,
+        "PYTHONPATH": f"{HERE}:{BENCH}",
+    }
+    rows = []
+    for turn in turns:
+        _, method, connections, name = turn
+        started = time.monotonic()
+        with (
+            TemporaryDirectory() as folder,
+            Service(Path(folder), APPLICATIONS[name], **settings) as service,
+        ):
+            service.get("/users/1")
+            start = time.monotonic() - started
+            query(database_url, USERS)
+            figures = measure(service, method, connections, seconds)
+        figures["cold start, ms"] = start * 1000
+        rows.append(figures)
+        print(len(rows), "of", len(turns), turn, file=sys.stderr)
+    return pandas.DataFrame(rows, index=turns)
 
 
-def measure(folder: Path, url: str, clients: int, method: str, seconds: int) -> Figures:
-    """From a fresh start, with a second's load to warm up."""
-    with create_server(("127.0.0.1", 0)) as free:
-        port: int = free.getsockname()[1]
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {"DATABASE_URL": url, "PORT": str(port), "PATH": path}
-    environment |= {"PYTHONPATH": f"{ROOT}:{BENCH}", "UVICORN_LOG_LEVEL": "error"}
-    started = time.monotonic()
-    process = subprocess.Popen(["sh", "web"], cwd=folder, env=environment)
-    try:
-        while process.poll() is None:
-            with suppress(OSError), urlopen(f"http://127.0.0.1:{port}/users/1"):
-                break
-            time.sleep(0.005)
-        start = 1000 * (time.monotonic() - started)
-        load(port, method, 32, 1)
-        before, _ = read_usage(process.pid)
-        answers, took, failures = load(port, method, clients, seconds)
-        after, memory = read_usage(process.pid)
-    finally:
-        process.kill()  # a deadlock would ignore anything milder
-        process.wait()
-    failures += max(clients - answers, 0)  # wrk counts none that is never answered
-    cpu = max(after - before, 0.01) * 1e6 / max(answers, 1)
-    figures = {"rate": answers / took, "cpu": cpu, "failures": failures}
-    return figures | {"start": start, "memory": memory}
+def print_table(figures: pandas.Series) -> None:
+    """Print medians, and medians of the service's to each within a round."""
+    wide = figures.unstack("application")
+    ratios = wide.rdiv(wide["service"], axis=0)
+    both = pandas.concat([wide, ratios.add_prefix("service to ")], axis=1)
+    medians = both.groupby(["method", "connections"]).median()
+    print(medians.round(2).reset_index().to_markdown(index=False))
 
 
-def measure_in_turns(url: str, folder: Path, rounds: int, seconds: int) -> Runs:
-    prepare(folder)
-    engine = create_engine(url, isolation_level="AUTOCOMMIT")
-    User.metadata.create_all(engine)
-    runs: Runs = {(c, m, n): [] for c in TURNS for m in METHODS for n in TURNS[c]}
-    turns = [*runs] * rounds
-    for done, (clients, method, name) in enumerate(turns, 1):
-        with engine.connect() as connection:
-            connection.exec_driver_sql(USERS)
-            connection.exec_driver_sql("VACUUM ANALYZE users")
-        figures = measure(folder / name, url, clients, method, seconds)
-        runs[clients, method, name].append(figures)
-        said = f"{figures['rate']:.0f}/s, {figures['failures']:.0f} failures"
-        print(f"{done}/{len(turns)}", method, clients, name, said, file=sys.stderr)
-    return runs
-
-
-def show(figure: str, its: list[Figures], a: list[Figures], b: list[Figures]) -> str:
-    """Its median, and that of the ratios of a to b, neighbours in time, by rounds."""
-    ratios = (one[figure] / other[figure] for one, other in zip(a, b, strict=True))
-    return f"{median(run[figure] for run in its):.0f} ({median(ratios):.2f})"
-
-
-def print_row(*cells: str) -> None:
-    print(f"| {' | '.join(cells)} |")
-
-
-def print_tables(runs: Runs) -> None:
-    head = ["CPU, µs a `GET`", "a `POST`", "cold start, ms", "memory, MB"]
-    print_row("(the service's to it)", "over", *head)
-    print_row(*["---"] * 6)
-    for number, name in COSTS:
-        get, post = (runs[number, method, name] for method in METHODS)
-        our_get, our_post = (runs[number, method, OURS] for method in METHODS)
-        both, ours = get + post, our_get + our_post
-        row = [show("cpu", get, our_get, get), show("cpu", post, our_post, post)]
-        row += [show(figure, both, ours, both) for figure in ("start", "memory")]
-        print_row(name, str(number), *row)
-    print()
-    print_row("requests/s (to its own over 32), over", *map(str, TURNS), "failures")
-    print_row(*["---"] * 6)
-    for method in METHODS:
-        for name in CHART:
-            curve = [runs[number, method, name] for number in TURNS]
-            row = [show("rate", its, its, curve[1]) for its in curve]
-            failures = sum(run["failures"] for its in curve for run in its)
-            print_row(f"`{method}`, {name}", *row, f"{failures:.0f}")
-
-
-def draw(runs: Runs, path: Path) -> None:
-    rcParams.update({"svg.fonttype": "none", "text.color": GRAY})
-    rcParams.update({"axes.labelcolor": GRAY, "axes.edgecolor": GRAY})
-    rcParams.update({"xtick.color": GRAY, "ytick.color": GRAY})
-    chart = figure.Figure(figsize=(9, 4), layout="constrained")
-    for place, method in enumerate(METHODS, 1):
-        axes = chart.add_subplot(1, 2, place, title=f"{method}, requests a second")
-        for marks, (name, color) in zip(("o-", "s--", "^:"), CHART.items()):
-            rates = [median(r["rate"] for r in runs[n, method, name]) for n in TURNS]
-            axes.plot([*map(str, TURNS)], rates, marks, color=color, label=name)
-        axes.set(xlabel="connections", ylim=(0, None))
-        axes.legend(frameon=False)
-    chart.savefig(path, transparent=True)
+def draw(rates: pandas.Series) -> None:
+    figure, places = pyplot.subplots(ncols=2, figsize=(9, 4), layout="constrained")
+    medians = rates.groupby(["method", "connections", "application"]).median()
+    for method, axes in zip(["GET", "POST"], places, strict=True):
+        lines = medians[method].unstack("application")
+        lines.plot(
+            ax=axes,
+            logx=True,
+            marker="o",
+            title=f"{method}s a second",
+        )
+        axes.set_ylim(bottom=0)
+    figure.savefig(BENCH / "throughput.svg")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Print tables, and draw the chart.")
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=int, default=6, help="of each measurement")
-    parser.add_argument("--svg", type=Path, default=BENCH / "throughput.svg")
+    parser.add_argument("--seconds", type=int, default=5)
     options = parser.parse_args()
-    with run_postgresql() as server, TemporaryDirectory() as folder:
-        runs = measure_in_turns(
-            server.url, Path(folder), options.rounds, options.seconds
-        )
-    print(f"Python {sys.version.split()[0]}, {os.cpu_count()} cores,", end=" ")
-    print(f"medians of {options.rounds} rounds, {options.seconds} seconds each:\n")
-    print_tables(runs)
-    draw(runs, options.svg)
+    with run_postgresql() as server:
+        figures = measure_in_turns(server.url, options.rounds, options.seconds)
+    for name in figures:
+        print(f"\n{name}:\n")
+        print_table(figures[name])
+    draw(figures["requests a second"])
 
 
 if __name__ == "__main__":

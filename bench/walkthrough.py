@@ -9,9 +9,11 @@ from typing import Annotated, ClassVar
 
 from fastapi import Depends, FastAPI, HTTPException
 from pydantic import EmailStr
+from sqlalchemy import make_url
 from sqlmodel import Field, Session, SQLModel, create_engine, select
 
-engine = create_engine(os.environ["DATABASE_URL"], pool_pre_ping=True)
+url = make_url(os.environ["DATABASE_URL"]).set(drivername="postgresql+psycopg2")
+engine = create_engine(url, pool_pre_ping=True)
 
 
 class UserBase(SQLModel):
