@@ -205,10 +205,7 @@ async def work_in_async_def(session: SessionDep):
     work_as_in_tutorials(session)
 
 
-@app.post("/prototype/on-loop")
-@on_loop
-def work_on_loop(session: SessionDep):
-    work_as_in_tutorials(session)
+app.post("/prototype/on-loop")(on_loop(work_as_in_tutorials))
 
 
 @app.post("/prototype/call")
@@ -242,8 +239,9 @@ async def dispose_of_connections():
 
 
 @app.post("/prototype/busy")
-async def leave_no_thread():
+async def leave_no_thread_and_no_connection():
     anyio.to_thread.current_default_thread_limiter().total_tokens = 0
+    engine.dispose()
 
 
 @app.post("/prototype/timeout")
@@ -357,10 +355,7 @@ GOOD_USERS = {
     "email in upper case": ({"email": "A.B@C.ORG"}, {"email": "a.b@c.org"}),
     "name with spaces": ({"full_name": " Ada\n"}, {"full_name": "Ada"}),
     "long name": ({"full_name": "x" * 200}, {"full_name": "x" * 200}),
-    "any script": (
-        {"full_name": "José 👩‍🔬 O'; --"},
-        {"full_name": "José 👩‍🔬 O'; --"},
-    ),
+    "any script": ({"full_name": "José 👩‍🔬';"}, {"full_name": "José 👩‍🔬';"}),
 }
 
 
@@ -374,14 +369,6 @@ def test_a_created_user_is_answered_and_can_be_fetched(service, sent, kept):
     assert (created.status_code, fetched.status_code) == (201, 200)
     assert created.json() == fetched.json() == created.json() | user | kept
     assert path == f"/users/{created.json()['id']}"
-
-
-def test_a_duplicate_email_in_another_case_is_409(service):
-    user = service.create().json()
-    twin = service.post("/users", json=user | {"email": user["email"].upper()})
-
-    assert twin.status_code == 409
-    assert twin.json() == {"detail": "Email already registered"}
 
 
 def test_health_and_the_documentation_answer(service):
@@ -406,7 +393,6 @@ BAD_BODIES = {
     "nothing": (422, b""),
     "cut": (422, b'{"marker'),
     "no at": (422, b'{"email": "marker", "full_name": "A"}'),
-    "NUL in email": (422, b'{"email": "marker@a.org\\u0000", "full_name": "A"}'),
     "surrogate in email": (422, b'{"email": "marker@a.org\\ud800", "full_name": "A"}'),
     "blank name": (422, b'{"email": "marker@a.org", "full_name": "\\n"}'),
     "NUL in name": (422, b'{"email": "a@a.org", "full_name": "marker\\u0000"}'),
@@ -464,13 +450,10 @@ def test_a_body_that_is_not_declared_as_json_is_415(service, kind):
 @pytest.mark.parametrize("wrong", ["", "Bearer hors", b"Bearer \xff", "Basic horse"])
 def test_with_a_token_set_only_requests_with_it_pass(load_main, wrong):
     client = TestClient(load_main(API_TOKEN="horse").app)
-    client.headers["Authorization"] = wrong
-    assert client.post("/users", json={}).status_code == 401
-    assert client.get("/users/x").status_code == 401
-
-    client.headers["Authorization"] = "Bearer horse"
-    assert client.post("/users", json={}).status_code == 422
-    assert client.get("/users/x").status_code == 422
+    for authorization, status in [(wrong, 401), ("Bearer horse", 422)]:
+        headers = {"Authorization": authorization}
+        assert client.post("/users", json={}, headers=headers).status_code == status
+        assert client.get("/users/x", headers=headers).status_code == status
 
 
 # An empty setting counts as none.
@@ -521,9 +504,7 @@ def test_the_dead_hosts_of_a_url_are_left_for_the_next(load_main, postgresql):
 
 
 # The newline is one that slipped into the setting.
-def test_a_slow_lookup_of_a_name_delays_no_other_request(
-    load_main, postgresql, monkeypatch
-):
+def test_a_slow_lookup_of_a_name_delays_no_one(load_main, postgresql, monkeypatch):
     main = load_main(DATABASE_URL=f"{postgresql.url}\n")
     with TestClient(main.app) as client, ThreadPoolExecutor() as threads:
         main.engine.dispose()
@@ -538,21 +519,17 @@ def test_a_slow_lookup_of_a_name_delays_no_other_request(
     assert health.result().status_code == 503
 
 
-def test_a_connection_attempt_that_fails_is_closed_at_once(load_main, monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        port = silent.getsockname()[1]
-        main = load_main(DATABASE_URL=f"postgresql://127.0.0.1:{port}/users")
-        monkeypatch.setattr(main, "REQUEST_TIMEOUT", 1)
-        psycopg2.extensions.set_wait_callback(main.wait_for_socket)
-        gc.disable()
-        with suppress(OperationalError):
-            main.engine.connect()
-        gc.enable()
-        server_end, _ = silent.accept()
-        with server_end:
-            server_end.settimeout(1)
-            server_end.recv(1000)
-            assert server_end.recv(1000) == b""
+def test_a_failed_attempt_to_connect_leaves_no_connection(load_main):
+    main = load_main(DATABASE_URL="postgresql://127.0.0.1:1/users")
+    connection = psycopg2.extensions.connection
+    psycopg2.extensions.set_wait_callback(main.wait_for_socket)
+    gc.disable()
+    with suppress(OperationalError):
+        main.engine.connect()
+    left = [it for it in gc.get_objects() if isinstance(it, connection)]
+    gc.enable()
+
+    assert left == []
 
 
 def test_the_procfile_hides_the_server_and_logs_no_request(service):
@@ -585,7 +562,6 @@ def test_an_endpoint_that_is_called_as_a_function_does_the_same(service):
 def test_a_new_connection_waits_for_no_thread_of_others(tmp_path, database_url):
     with Service(tmp_path, DATABASE_URL=database_url) as service:
         service.post("/prototype/busy")
-        service.post("/prototype/dispose")
 
         assert service.create().status_code == 201
 
@@ -730,9 +706,7 @@ def test_a_lock_of_sqlites_file_is_503_and_delays_no_other_request(tmp_path):
         assert post.result().status_code == 503
 
 
-def test_while_all_sessions_wait_health_answers_and_then_the_server_ends_them(
-    server, bobs_service
-):
+def test_health_answers_while_all_wait_and_the_waits_end(server, bobs_service):
     with locked(server), ThreadPoolExecutor() as threads:
         posts = threads.submit(send_at_once, 9, bobs_service.create)
         wait_until(lambda: count_waits_for_a_lock(server) == DB_POOL_SIZE)
@@ -765,20 +739,13 @@ def test_workers_that_cannot_start_in_an_outage_end_no_other(server, tmp_path):
 
 
 def create_users_through(service, crash):
-    """Eight clients create users until a crash; return the acknowledged emails."""
-    created = []
-
-    def create():
-        with suppress(httpx.TransportError):
-            while (answer := service.create()).status_code == 201:
-                created.append(answer.json()["email"])
-
+    """Crash something while users are created; return the acknowledged emails."""
     with ThreadPoolExecutor(8) as threads:
-        for _ in range(8):
-            threads.submit(create)
-        wait_until(lambda: len(created) > 99)
+        posts = [threads.submit(service.create) for _ in range(200)]
+        wait_until(posts[99].done)
         crash()
-    return set(created)
+    answers = [post.result() for post in posts if not post.exception()]
+    return {it.json()["email"] for it in answers if it.status_code == 201}
 
 
 def find_emails(database_url):
