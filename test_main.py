@@ -190,6 +190,7 @@ def work_as_in_tutorials(session: SessionDep):
     user = User(**new_user())
     session.add(user)
     session.commit()
+    assert "email" in vars(user)  # it needs no query
     session.refresh(user)
     # A savepoint, a cursor on the server, and a second session.
     with suppress(IntegrityError), session.begin_nested():
