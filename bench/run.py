@@ -31,36 +31,37 @@ SELECT n || '@example.com', 'Ada Lovelace' FROM generate_series(1, 1000) n;
 ANALYZE users"""
 
 
-def send_load(url: str, method: str, connections: int, seconds: int) -> list[float]:
+def send_load(
+    service: Service, method: str, connections: int, seconds: int
+) -> list[float]:
     """Return the number of answers, of seconds and of failures."""
     options = f"-t1 -c{connections} -d{seconds}s --timeout 10s -s {BENCH}/load.lua"
-    command = f"wrk {options} {url} -- {method} {time.time_ns()}"
+    command = f"wrk {options} {service.base_url} -- {method} {time.time_ns()}"
     printed = subprocess.check_output(command.split(), text=True)
     answers, took, failures = map(float, printed.splitlines()[-1].split())
     # wrk counts no connection that never gets an answer.
-    return [answers, took, failures + max(connections - answers, 0)]
+    failures += max(connections - answers, 0)
+    return [answers, took, failures]
 
 
-def measure(
-    service: Service, method: str, connections: int, seconds: int
-) -> dict[str, float]:
-    """Send a load to a running service, after a second's load to warm up."""
-    url = str(service.base_url)
+def measure(service: Service, method: str, connections: int) -> dict[str, float]:
+    """Send a load to a running service, after a second's to warm up."""
     process = psutil.Process(service.process.pid)
-    send_load(url, method, 32, 1)
+    send_load(service, method, 32, 1)
     before = process.cpu_times()
-    answers, took, failures = send_load(url, method, connections, seconds)
+    answers, took, failures = send_load(service, method, connections, 5)
     after = process.cpu_times()
-    cpu = after.user - before.user + after.system - before.system
+    user = after.user - before.user
+    system = after.system - before.system
     return {
         "requests a second": answers / took,
-        "CPU of a request, µs": cpu * 1e6 / max(answers, 1),
+        "CPU of a request, µs": (user + system) * 1e6 / max(answers, 1),
         "memory, MB": process.memory_info().rss / 1e6,
         "failures": failures,
     }
 
 
-def measure_in_turns(database_url: str, rounds: int, seconds: int) -> pandas.DataFrame:
+def measure_in_turns(database_url: str, rounds: int) -> pandas.DataFrame:
     turns = pandas.MultiIndex.from_product(
         [range(rounds), ["GET", "POST"], CONNECTIONS, APPLICATIONS],
         names=["round", "method", "connections", "application"],
@@ -80,9 +81,8 @@ def measure_in_turns(database_url: str, rounds: int, seconds: int) -> pandas.Dat
             service.get("/users/1")
             start = time.monotonic() - started
             query(database_url, USERS)
-            figures = measure(service, method, connections, seconds)
-        figures["cold start, ms"] = start * 1000
-        rows.append(figures)
+            figures = measure(service, method, connections)
+        rows.append(figures | {"cold start, ms": start * 1000})
         print(len(rows), "of", len(turns), turn, file=sys.stderr)
     return pandas.DataFrame(rows, index=turns)
 
@@ -97,27 +97,30 @@ def print_table(figures: pandas.Series) -> None:
 
 
 def draw(rates: pandas.Series) -> None:
-    figure, places = pyplot.subplots(ncols=2, figsize=(9, 4), layout="constrained")
+    figure, places = pyplot.subplots(ncols=2, figsize=(9, 4))
     medians = rates.groupby(["method", "connections", "application"]).median()
-    for method, axes in zip(["GET", "POST"], places, strict=True):
+    for axes, method in zip(places, ["GET", "POST"], strict=True):
         lines = medians[method].unstack("application")
         lines.plot(
             ax=axes,
             logx=True,
             marker="o",
             title=f"{method}s a second",
+            ylim=(0, None),
         )
-        axes.set_ylim(bottom=0)
     figure.savefig(BENCH / "throughput.svg")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=int, default=5)
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=3,
+    )
     options = parser.parse_args()
     with run_postgresql() as server:
-        figures = measure_in_turns(server.url, options.rounds, options.seconds)
+        figures = measure_in_turns(server.url, options.rounds)
     for name in figures:
         print(f"\n{name}:\n")
         print_table(figures[name])
