@@ -97,7 +97,7 @@ def print_table(figures: pandas.Series) -> None:
 
 
 def draw(rates: pandas.Series) -> None:
-    figure, places = pyplot.subplots(ncols=2, figsize=(9, 4))
+    figure, places = pyplot.subplots(ncols=2, figsize=(9, 4), layout="constrained")
     medians = rates.groupby(["method", "connections", "application"]).median()
     for axes, method in zip(places, ["GET", "POST"], strict=True):
         lines = medians[method].unstack("application")
