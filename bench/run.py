@@ -105,7 +105,7 @@ def draw(rates: pandas.Series) -> None:
             ax=axes,
             logx=True,
             marker="o",
-            title=f"{method}s a second",
+            title=method,
             ylim=(0, None),
         )
     figure.savefig(BENCH / "throughput.svg")
