@@ -641,23 +641,21 @@ def frozen(server):
 
 
 @contextmanager
+def altered(server, change, undo):
+    query(server.url, f"ALTER ROLE bob {change}")
+    cut_connections(server)
+    try:
+        yield
+    finally:
+        query(server.url, f"ALTER ROLE bob {undo}")
+
+
 def full(server):
-    query(server.url, "ALTER ROLE bob CONNECTION LIMIT 0")
-    cut_connections(server)
-    try:
-        yield
-    finally:
-        query(server.url, "ALTER ROLE bob CONNECTION LIMIT -1")
+    return altered(server, "CONNECTION LIMIT 0", "CONNECTION LIMIT -1")
 
 
-@contextmanager
 def read_only(server):
-    query(server.url, "ALTER ROLE bob SET default_transaction_read_only = on")
-    cut_connections(server)
-    try:
-        yield
-    finally:
-        query(server.url, "ALTER ROLE bob RESET default_transaction_read_only")
+    return altered(server, "SET default_transaction_read_only = on", "RESET ALL")
 
 
 @pytest.mark.parametrize(
