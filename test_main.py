@@ -1,7 +1,9 @@
 """The promises of the README, on SQLite and on a PostgreSQL that the tests start."""
 
+import atexit
 import gc
 import os
+import random
 import re
 import resource
 import shutil
@@ -43,12 +45,12 @@ from main import (
 )
 from models import User, UserCreate
 
-with warnings.catch_warnings(action="ignore"):  # it warns of httpx
+with warnings.catch_warnings(action="ignore"):  # TestClient warns of httpx
     from fastapi.testclient import TestClient
 
 pytestmark = [
     pytest.mark.filterwarnings("error"),
-    pytest.mark.timeout(60),
+    pytest.mark.timeout(120),
 ]
 on_postgresql = pytest.mark.parametrize("service", ["postgresql"], indirect=True)
 
@@ -56,8 +58,8 @@ HERE = Path(__file__).parent
 README = (HERE / "README.md").read_text()
 COMMAND = (HERE / "Procfile").read_text().removeprefix("web: ")
 
-# With this setting, a service that is started as test_main:app gives up sooner, and what
-# only a collection of garbage would close stays open.
+# With this setting, a service that is started as test_main:app gives up sooner. It never
+# collects garbage, so that a connection that nobody closes stays open.
 LIMIT = 3  # seconds
 if "SHORT_LIMITS" in os.environ:
     main.REQUEST_TIMEOUT = LIMIT
@@ -101,9 +103,12 @@ def send_at_once(number, send, *arguments):
         return Counter(threads.map(send_one, range(number)))
 
 
+# Not one that the system gives to outgoing connections: a server comes back to its own.
 def find_free_port():
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
+    while True:
+        port = random.randrange(20_000, 30_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 class PostgreSQL:
@@ -169,9 +174,10 @@ run_postgresql = contextmanager(serve_postgresql)
 postgresql = pytest.fixture(serve_postgresql, scope="session")
 
 
-# What prototypers add. A service has it when it is started as test_main:app.
+# What prototypers add. A service that is started as test_main:app has it.
 
 
+# An index needs a name in models.py.
 class Hero(SQLModel, table=True):
     id: int | None = Field(default=None, primary_key=True)
     name: str = Field(index=True)
@@ -223,7 +229,7 @@ def hold_a_connection_until_all_are_held(session: SessionDep):
 @app.get("/prototype/connections")
 def count_open_connections():
     connections = [it for it in gc.get_objects() if isinstance(it, pg.connection)]
-    return sum(it.closed != 1 for it in connections)  # 2 is broken, but still open
+    return sum(it.closed != 1 for it in connections)  # 0 is open, 2 is broken
 
 
 @app.post("/prototype/watch")
@@ -233,13 +239,13 @@ def tell_where_the_session_is_closed(session: SessionDep):
 
 
 @app.post("/prototype/busy")
-async def leave_no_thread_and_no_connection():
+async def leave_no_thread_free_and_no_connection():
     anyio.to_thread.current_default_thread_limiter().total_tokens = 0
     engine.dispose()
 
 
-@app.post("/prototype/lookup")
-async def look_up_names_slowly():
+@app.post("/prototype/hang")
+async def make_connecting_hang():
     psycopg2.connect = lambda **_: time.sleep(20)
     engine.dispose()
 
@@ -276,7 +282,7 @@ class Service(httpx.Client):
 
     def __init__(self, folder, application="test_main:app", **settings):
         port = find_free_port()
-        command = f"exec '{sys.executable}' -m {COMMAND}"
+        command = f"exec 2>&1 '{sys.executable}' -m {COMMAND}"
         self.log_file = folder / f"{port}.log"
         with self.log_file.open("w") as log:
             self.process = subprocess.Popen(
@@ -290,8 +296,8 @@ class Service(httpx.Client):
                     **settings,
                 },
                 stdout=log,
-                stderr=log,
             )
+        atexit.register(self.process.terminate)  # where a test is interrupted
         super().__init__(
             base_url=f"http://127.0.0.1:{port}",
             headers={"Connection": "close", "Content-Type": "application/json"},
@@ -322,8 +328,8 @@ class Service(httpx.Client):
         return self.post("/users", json=new_user())
 
 
+# Until the request is answered, others are within a second.
 def send_beside_others(service, send, *arguments):
-    """Send a request. Until it is answered, others are within a second."""
     with ThreadPoolExecutor() as threads:
         sent = threads.submit(send, *arguments)
         while not sent.done():
@@ -355,7 +361,7 @@ def database_url(request, tmp_path):
 
 @pytest.fixture(scope="session")
 def bobs_service(postgresql, tmp_path_factory):
-    """For outages: it has short limits, and, as on a PaaS, a role without privileges."""
+    """For outages: it has short limits and, as on a PaaS, a role that is no superuser."""
     postgresql.query(
         "CREATE ROLE bob LOGIN IN ROLE pg_read_all_data, pg_write_all_data;"
         "GRANT CREATE ON SCHEMA public TO bob"
@@ -366,8 +372,8 @@ def bobs_service(postgresql, tmp_path_factory):
         yield service
 
 
+# Those of bobs_service.
 def find_sessions(server, condition="true"):
-    """Those of bobs_service."""
     return server.query(
         f"SELECT pid FROM pg_stat_activity WHERE usename = 'bob' AND {condition}"
     )
@@ -393,7 +399,7 @@ def test_a_created_user_can_be_fetched(service):
 def test_health_and_the_documentation_answer(service):
     assert service.get("/health").json() == {"status": "ok"}
     assert service.head("/health").status_code == 200
-    assert service.get("/", follow_redirects=True).url.path == "/docs"
+    assert "Swagger UI" in service.get("/", follow_redirects=True).text
 
 
 def test_the_document_has_every_status_and_its_content_type():
@@ -448,7 +454,6 @@ def test_a_422_says_where_and_why(service):
     [
         ("0", 422),
         ("9223372036854775808", 422),
-        ("%00%FF", 422),
         ("9223372036854775807", 404),
     ],
 )
@@ -466,8 +471,7 @@ def test_a_header_without_an_end_is_400(service):
 
 @pytest.mark.parametrize("kind", [b"application/x-www-form-urlencoded", b"\xff", b""])
 def test_a_body_that_is_not_declared_as_json_is_415(service, kind):
-    headers = {b"Content-Type": kind}
-    answer = service.post("/users", content=b"{}", headers=headers)
+    answer = service.post("/users", content=b"{}", headers={b"Content-Type": kind})
     detail = "Send JSON, and the header Content-Type: application/json"
 
     assert answer.status_code == 415
@@ -505,7 +509,7 @@ def test_the_readmes_curls_work_without_settings(tmp_path):
     assert "for PostgreSQL, set DATABASE_URL" in service.log
 
 
-# The field has constraints here, since these are what a migration may fail at.
+# But the field has constraints, since these are what a migration may fail at.
 def test_the_readmes_changes_work_word_for_word(tmp_path, database_url):
     def run(script):
         subprocess.run(
@@ -521,9 +525,9 @@ def test_the_readmes_changes_work_word_for_word(tmp_path, database_url):
         user = service.create().json()
 
     section = README.partition("## Changing it")[2].partition("\n## ")[0]
-    field = "= Field(None, unique=True, foreign_key='users.email')"
+    with_constraints = "= Field(None, unique=True, foreign_key='users.email')"
     for script in re.findall(r"```sh\n(.*?)```", section, re.DOTALL):
-        run(script.replace("= None", field))
+        run(script.replace("= None", with_constraints))
     run(".venv/bin/python -m pytest -q -k 'users_are_listed and sqlite'")
 
     with Service(tmp_path, "main:app", DATABASE_URL=database_url) as service:
@@ -536,12 +540,13 @@ def test_it_can_be_imported_where_there_is_no_poll():
     subprocess.run([sys.executable, "-c", as_on_windows], cwd=HERE, check=True)
 
 
-def test_scripts_that_import_the_engine_have_plain_psycopg2():
+def test_an_import_leaves_psycopg2_plain_and_has_the_readmes_limits():
     assert pg.get_wait_callback() is None
+    assert (main.REQUEST_TIMEOUT, main.START_TIMEOUT) == (10, 30)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux leaves a silent host")
-def test_the_dead_hosts_of_a_url_are_left_for_the_next(tmp_path, postgresql):
+def test_the_next_host_of_a_url_is_used_when_others_are_dead(tmp_path, postgresql):
     silent = socket.create_server(("127.0.0.1", 0), backlog=0)
     host, port = silent.getsockname()
     dead = f"host=no.invalid&host={host}:1&host={host}:{port}"
@@ -555,11 +560,11 @@ def test_the_dead_hosts_of_a_url_are_left_for_the_next(tmp_path, postgresql):
         assert service.create().status_code == 201
 
 
-# The newline is one that slipped into the setting.
-def test_a_slow_lookup_of_a_name_delays_no_one(tmp_path, postgresql):
+# As while a name is looked up. The newline is one that slipped into the setting.
+def test_connecting_that_hangs_delays_no_one(tmp_path, postgresql):
     url = f"{postgresql.url}\n"
     with Service(tmp_path, DATABASE_URL=url, SHORT_LIMITS="1") as service:
-        service.post("/prototype/lookup")
+        service.post("/prototype/hang")
         with within(LIMIT + 1):
             health = send_beside_others(service, service.get, "/health")
 
@@ -567,13 +572,12 @@ def test_a_slow_lookup_of_a_name_delays_no_one(tmp_path, postgresql):
 
 
 def test_the_procfile_hides_the_server_and_logs_no_request(service):
-    answer = service.get("/health")
-
-    assert "server" not in answer.headers
+    assert "server" not in service.get("/health").headers
     assert "running on http://0.0.0.0:" in service.log
     assert "GET /" not in service.log
-    assert "--timeout-graceful-shutdown 10" in COMMAND
-    assert "--timeout-keep-alive 95" in COMMAND  # Heroku's router has 90
+    assert "--http h11" in COMMAND
+    # Heroku's router keeps idle connections for 90 seconds.
+    assert "--timeout-keep-alive 95 --timeout-graceful-shutdown 10" in COMMAND
 
 
 def test_with_1000_connections_at_once_no_request_fails(service):
@@ -589,7 +593,9 @@ def test_what_tutorials_write_works_in_256_requests_at_once(service, kind):
     assert answered == {200: 256}
 
 
-def test_new_connections_wait_for_no_thread_of_others(tmp_path, postgresql):
+def test_connecting_needs_none_of_the_threads_that_endpoints_share(
+    tmp_path, postgresql
+):
     with Service(tmp_path, DATABASE_URL=postgresql.url) as service:
         service.post("/prototype/busy")
 
@@ -602,7 +608,7 @@ def test_a_session_is_closed_where_its_rollback_can_be_awaited(service):
     service.wait_for("closed in a greenlet: True")
 
 
-def test_a_session_that_is_used_after_its_request_fails(service):
+def test_using_a_session_after_its_request_is_an_error(service):
     service.post("/prototype/late")
     service.wait_for("InvalidRequestError")
 
@@ -711,11 +717,10 @@ def check_that_all_connections_are_free(server, service):
     # They meet only if all connections are held at once.
     assert send_at_once(5, service.post, "/prototype/meet") == {200: 5}
     wait_until(lambda: not find_sessions(server, "state <> 'idle'"))
-    connections = service.get("/prototype/connections").json()
-    assert connections <= DB_POOL_SIZE + 1  # for /health
+    assert service.get("/prototype/connections").json() <= DB_POOL_SIZE
 
 
-def test_connections_that_the_server_closed_cost_nothing(postgresql, bobs_service):
+def test_connections_that_the_server_closed_fail_no_request(postgresql, bobs_service):
     cut_connections(postgresql)
 
     assert send_at_once(20, bobs_service.create) == {201: 20}
@@ -726,10 +731,10 @@ def test_a_lock_of_sqlites_file_is_503_and_delays_no_other_request(tmp_path):
     with Service(tmp_path) as service, closing(database):
         database.execute("BEGIN EXCLUSIVE")
         created = send_beside_others(service, service.create)
-        health = service.get("/health")
+        fetched = service.get("/users/1")
 
     assert created.status_code == 503
-    assert health.status_code == 200  # reads go on
+    assert fetched.status_code == 404  # reads go on
 
 
 def test_health_answers_while_all_wait_and_the_waits_end(postgresql, bobs_service):
@@ -737,13 +742,11 @@ def test_health_answers_while_all_wait_and_the_waits_end(postgresql, bobs_servic
         posts = threads.submit(send_at_once, 9, bobs_service.create)
         wait_until(lambda: len(find_waits_for_a_lock(postgresql)) == DB_POOL_SIZE)
         with within(1):
-            health = send_at_once(9, bobs_service.get, "/health")
+            assert send_at_once(9, bobs_service.get, "/health") == {200: 9}
         assert len(find_sessions(postgresql)) <= DB_POOL_SIZE + 1  # for /health
         assert posts.result() == {503: 9}
         with within(2):
             wait_until(lambda: not find_waits_for_a_lock(postgresql))
-
-    assert health == {200: 9}
 
 
 def test_the_start_waits_for_the_database(postgresql, tmp_path):
@@ -753,10 +756,10 @@ def test_the_start_waits_for_the_database(postgresql, tmp_path):
     with within(5), service:
         assert service.create().status_code == 201
 
-    assert service.log.count("Waiting for the database") < 9  # one a second
+    assert service.log.count("Waiting for the database") < 60  # one a second
 
 
-def test_a_start_in_vain_ends_no_other_process(postgresql, tmp_path):
+def test_processes_that_start_in_vain_are_started_again(postgresql, tmp_path):
     with Service(
         tmp_path, DATABASE_URL=postgresql.url, SHORT_LIMITS="1", WEB_CONCURRENCY="2"
     ) as service:
@@ -764,37 +767,40 @@ def test_a_start_in_vain_ends_no_other_process(postgresql, tmp_path):
         with frozen(postgresql):
             service.wait_for("Waited for the database in vain")
         service.wait_for("startup complete", count=2)
-        created = service.create()
+        assert service.create().status_code == 201
 
-    assert created.status_code == 201
     assert "Waiting for the database: no answer in time" in service.log
 
 
-def create_users_through(service, crash):
-    """Crash something while users are created; return the answers."""
-    with ThreadPoolExecutor(8) as threads:
-        posts = [threads.submit(service.create) for _ in range(200)]
-        wait_until(posts[99].done)
+def create_users_until(crash, service):
+    """Crash something while users are created; return the answers that had one."""
+    answers = []
+
+    def create_users():
+        while (answer := service.create()).status_code == 201:
+            answers.append(answer)
+
+    with ThreadPoolExecutor() as threads:
+        threads.submit(create_users)
+        wait_until(lambda: len(answers) > 99)
         crash()
-    return [post.result() for post in posts if not post.exception()]
+    return answers
 
 
 def check_that_none_is_lost(service, answers):
     for created in answers:
-        if created.status_code == 201:
-            fetched = service.get(created.headers["location"])
-            assert fetched.json() == created.json()
+        assert service.get(created.headers["location"]).json() == created.json()
 
 
 def test_no_user_is_lost_when_the_service_is_killed(tmp_path, database_url):
     with Service(tmp_path, DATABASE_URL=database_url) as killed:
-        answers = create_users_through(killed, killed.process.kill)
+        answers = create_users_until(killed.process.kill, killed)
     with Service(tmp_path, DATABASE_URL=database_url) as service:
         check_that_none_is_lost(service, answers)
 
 
 def test_no_user_is_lost_when_postgresql_crashes(postgresql, bobs_service):
-    answers = create_users_through(bobs_service, postgresql.crash)
+    answers = create_users_until(postgresql.crash, bobs_service)
     postgresql.start()
     check_that_none_is_lost(bobs_service, answers)
 
@@ -813,10 +819,9 @@ def test_what_is_in_flight_is_answered_before_a_stop(tmp_path, postgresql):
 @pytest.mark.parametrize(
     "service, bug, message",
     [
-        ("sqlite", "timeout", "TimeoutError: a mail server's"),
         ("sqlite", "wrong-sql", "no such column: no_column"),
         ("postgresql", "timeout", "TimeoutError: a mail server's"),
-        ("postgresql", "wrong-sql", "[SQL parameters hidden"),
+        ("postgresql", "wrong-sql", "%(it)s]\n[SQL parameters hidden"),
         ("postgresql", "raise/P0001", "RaiseException) in a trigger"),
         ("postgresql", "swallow", "current transaction is aborted"),
     ],
@@ -842,8 +847,8 @@ def test_the_log_has_the_cause_of_a_503_but_no_detail(service):
 # PostgreSQL's next id is taken, and has more than 32 bits.
 @on_postgresql
 def test_another_constraint_than_the_emails_is_a_bug(service, postgresql):
-    taken = "setval('users_id_seq', 9876543210) + 1"
-    postgresql.query(f"INSERT INTO users VALUES ('x', 'X', {taken})")
+    taken = "'x', 'X', setval('users_id_seq', 9876543210) + 1"
+    postgresql.query(f"INSERT INTO users (email, full_name, id) VALUES ({taken})")
     first = service.create()
     second = service.create()
 
@@ -865,7 +870,7 @@ def test_a_shared_session_as_in_the_tutorial_survives_a_409(monkeypatch):
     engine.dispose()
 
 
-# Run a command beside such a PostgreSQL: `python test_main.py COMMAND ...`
+# Run a command beside a PostgreSQL of the tests: `python test_main.py COMMAND ...`
 if __name__ == "__main__":
     with run_postgresql() as server:
         os.environ["DATABASE_URL"] = server.url
