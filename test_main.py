@@ -402,7 +402,7 @@ def test_health_and_the_documentation_answer(service):
     assert "Swagger UI" in service.get("/", follow_redirects=True).text
 
 
-def test_the_document_has_every_status_and_its_content_type():
+def test_the_openapi_document_has_every_status_and_its_content_type():
     paths = app.openapi()["paths"]
     post = paths["/users"]["post"]["responses"]
     get = paths["/users/{user_id}"]["get"]
@@ -431,10 +431,10 @@ BAD_BODIES = {
 @pytest.mark.parametrize("status, body", BAD_BODIES.values(), ids=BAD_BODIES)
 def test_a_bad_body_is_refused_and_not_quoted(service, status, body):
     whole = service.post("/users", content=body)
-    in_chunks = service.post("/users", content=iter([body]))
+    chunked = service.post("/users", content=iter([body]))
 
-    assert whole.status_code == in_chunks.status_code == status
-    assert in_chunks.json().keys() == {"detail"}
+    assert whole.status_code == chunked.status_code == status
+    assert chunked.json().keys() == {"detail"}
     assert "marker" not in whole.text
     assert "marker" not in service.log
 
@@ -547,11 +547,12 @@ def test_an_import_leaves_psycopg2_plain_and_has_the_readmes_limits():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux leaves a silent host")
 def test_the_next_host_of_a_url_is_used_when_others_are_dead(tmp_path, postgresql):
+    # One host has no address, one refuses, and one is silent.
     silent = socket.create_server(("127.0.0.1", 0), backlog=0)
     host, port = silent.getsockname()
     dead = f"host=no.invalid&host={host}:1&host={host}:{port}"
     url = f"postgres://ada@/postgres?{dead}&host={host}:{postgresql.port}"
-    # The connection fills its queue, so it answers no other.
+    # The first connection fills the silent one's queue, so it answers no other.
     with (
         silent,
         socket.create_connection((host, port)),
@@ -602,6 +603,7 @@ def test_connecting_needs_none_of_the_threads_that_endpoints_share(
         assert send_at_once(40, service.create) == {201: 40}
 
 
+# Outside a greenlet, the rollback would block the event loop.
 @on_postgresql
 def test_a_session_is_closed_where_its_rollback_can_be_awaited(service):
     service.post("/prototype/watch")
@@ -857,7 +859,7 @@ def test_another_constraint_than_the_emails_is_a_bug(service, postgresql):
     assert second.status_code == 201
 
 
-def test_a_shared_session_as_in_the_tutorial_survives_a_409(monkeypatch):
+def test_a_shared_session_as_in_sqlmodels_tutorial_survives_a_409(monkeypatch):
     engine = create_engine("sqlite://?check_same_thread=no", poolclass=StaticPool)
     SQLModel.metadata.create_all(engine)
     session = Session(engine)

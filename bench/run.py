@@ -17,7 +17,7 @@ from matplotlib import pyplot
 BENCH = Path(__file__).resolve().parent
 sys.path.insert(0, str(BENCH.parent))
 
-from test_main import HERE, Service, query, run_postgresql
+from test_main import HERE, PostgreSQL, Service, run_postgresql
 
 APPLICATIONS = {
     "service": "main:app",
@@ -61,13 +61,13 @@ def measure(service: Service, method: str, connections: int) -> dict[str, float]
     }
 
 
-def measure_in_turns(database_url: str, rounds: int) -> pandas.DataFrame:
+def measure_in_turns(server: PostgreSQL, rounds: int) -> pandas.DataFrame:
     turns = pandas.MultiIndex.from_product(
         [range(rounds), ["GET", "POST"], CONNECTIONS, APPLICATIONS],
         names=["round", "method", "connections", "application"],
     )
     settings = {
-        "DATABASE_URL": database_url,
+        "DATABASE_URL": server.url,
         "PYTHONPATH": f"{HERE}:{BENCH}",
     }
     rows = []
@@ -80,7 +80,7 @@ def measure_in_turns(database_url: str, rounds: int) -> pandas.DataFrame:
         ):
             service.get("/users/1")
             start = time.monotonic() - started
-            query(database_url, USERS)
+            server.query(USERS)
             figures = measure(service, method, connections)
         rows.append(figures | {"cold start, ms": start * 1000})
         print(len(rows), "of", len(turns), turn, file=sys.stderr)
@@ -120,7 +120,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     with run_postgresql() as server:
-        figures = measure_in_turns(server.url, options.rounds)
+        figures = measure_in_turns(server, options.rounds)
     for name in figures:
         print(f"\n{name}:\n")
         print_table(figures[name])
