@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import json
 import os
 import random
 import re
@@ -91,8 +92,8 @@ def within(seconds):
     assert time.monotonic() - start < seconds
 
 
+# Send a request so many times at once, and count the statuses.
 def send_at_once(number, send, *arguments):
-    """Send a request so many times at once, and count the statuses."""
     start = threading.Barrier(number)
 
     def send_one(_):
@@ -103,7 +104,7 @@ def send_at_once(number, send, *arguments):
         return Counter(threads.map(send_one, range(number)))
 
 
-# Not one that the system gives to outgoing connections: a server comes back to its own.
+# Outside the range for outgoing connections: a stopped server needs its port again.
 def find_free_port():
     while True:
         port = random.randrange(20_000, 30_000)
@@ -177,7 +178,7 @@ postgresql = pytest.fixture(serve_postgresql, scope="session")
 # What prototypers add. A service that is started as test_main:app has it.
 
 
-# An index needs a name in models.py.
+# Its index needs the "ix" of the naming convention in models.py.
 class Hero(SQLModel, table=True):
     id: int | None = Field(default=None, primary_key=True)
     name: str = Field(index=True)
@@ -328,7 +329,7 @@ class Service(httpx.Client):
         return self.post("/users", json=new_user())
 
 
-# Until the request is answered, others are within a second.
+# Send a request. Until it is answered, send others: each is answered within a second.
 def send_beside_others(service, send, *arguments):
     with ThreadPoolExecutor() as threads:
         sent = threads.submit(send, *arguments)
@@ -386,7 +387,8 @@ def find_waits_for_a_lock(server):
 def test_a_created_user_can_be_fetched(service):
     name = "José 👩‍🔬';".ljust(200, "x")
     user = new_user() | {"full_name": f" {name}\n"}
-    created = service.post("/users", json=user)
+    # A body may have 64 KiB.
+    created = service.post("/users", content=json.dumps(user).ljust(65_536))
     fetched = service.get(created.headers["location"])
     answer = created.json()
 
@@ -464,9 +466,7 @@ def test_a_bad_id_is_422_and_an_unknown_one_404(service, user_id, status):
 def test_a_header_without_an_end_is_400(service):
     with socket.create_connection(("127.0.0.1", service.base_url.port)) as client:
         client.sendall(b"GET / HTTP/1.1\r\nX: ".ljust(70_000, b"x"))
-        answer = client.recv(12)
-
-    assert answer == b"HTTP/1.1 400"
+        assert client.recv(12) == b"HTTP/1.1 400"
 
 
 @pytest.mark.parametrize("kind", [b"application/x-www-form-urlencoded", b"\xff", b""])
@@ -509,8 +509,8 @@ def test_the_readmes_curls_work_without_settings(tmp_path):
     assert "for PostgreSQL, set DATABASE_URL" in service.log
 
 
-# But the field has constraints, since these are what a migration may fail at.
-def test_the_readmes_changes_work_word_for_word(tmp_path, database_url):
+# Word for word, but the field has constraints: a migration may fail at these.
+def test_the_readmes_changes_work(tmp_path, database_url):
     def run(script):
         subprocess.run(
             ["sh", "-ec", script],
@@ -535,12 +535,12 @@ def test_the_readmes_changes_work_word_for_word(tmp_path, database_url):
     run(".venv/bin/alembic downgrade -1")
 
 
-def test_it_can_be_imported_where_there_is_no_poll():
+def test_main_can_be_imported_where_select_has_no_poll():
     as_on_windows = "import select; del select.poll; import main"
     subprocess.run([sys.executable, "-c", as_on_windows], cwd=HERE, check=True)
 
 
-def test_an_import_leaves_psycopg2_plain_and_has_the_readmes_limits():
+def test_an_import_leaves_psycopg2_plain_and_sets_the_promised_limits():
     assert pg.get_wait_callback() is None
     assert (main.REQUEST_TIMEOUT, main.START_TIMEOUT) == (10, 30)
 
@@ -561,7 +561,7 @@ def test_the_next_host_of_a_url_is_used_when_others_are_dead(tmp_path, postgresq
         assert service.create().status_code == 201
 
 
-# As while a name is looked up. The newline is one that slipped into the setting.
+# As while libpq looks up a name. The newline is one that was pasted with the URL.
 def test_connecting_that_hangs_delays_no_one(tmp_path, postgresql):
     url = f"{postgresql.url}\n"
     with Service(tmp_path, DATABASE_URL=url, SHORT_LIMITS="1") as service:
@@ -572,7 +572,7 @@ def test_connecting_that_hangs_delays_no_one(tmp_path, postgresql):
     assert health.status_code == 503
 
 
-def test_the_procfile_hides_the_server_and_logs_no_request(service):
+def test_the_procfiles_options_are_in_effect(service):
     assert "server" not in service.get("/health").headers
     assert "running on http://0.0.0.0:" in service.log
     assert "GET /" not in service.log
@@ -605,7 +605,7 @@ def test_connecting_needs_none_of_the_threads_that_endpoints_share(
 
 # Outside a greenlet, the rollback would block the event loop.
 @on_postgresql
-def test_a_session_is_closed_where_its_rollback_can_be_awaited(service):
+def test_a_session_is_closed_in_a_greenlet(service):
     service.post("/prototype/watch")
     service.wait_for("closed in a greenlet: True")
 
@@ -758,24 +758,25 @@ def test_the_start_waits_for_the_database(postgresql, tmp_path):
     with within(5), service:
         assert service.create().status_code == 201
 
-    assert service.log.count("Waiting for the database") < 60  # one a second
+    assert service.log.count("Waiting for the database") < 60  # about one a second
 
 
 def test_processes_that_start_in_vain_are_started_again(postgresql, tmp_path):
     with Service(
         tmp_path, DATABASE_URL=postgresql.url, SHORT_LIMITS="1", WEB_CONCURRENCY="2"
     ) as service:
-        # Its processes are still importing.
+        # Its processes are still importing. A third one shows that the first has ended.
         with frozen(postgresql):
-            service.wait_for("Waited for the database in vain")
+            service.wait_for("Started server process", count=3)
         service.wait_for("startup complete", count=2)
         assert service.create().status_code == 201
 
     assert "Waiting for the database: no answer in time" in service.log
+    assert "Waited for the database in vain" in service.log
 
 
+# Crash something while users are created; return the answers with 201.
 def create_users_until(crash, service):
-    """Crash something while users are created; return the answers that had one."""
     answers = []
 
     def create_users():
@@ -830,7 +831,7 @@ def test_what_is_in_flight_is_answered_before_a_stop(tmp_path, postgresql):
     indirect=["service"],
     scope="session",
 )
-def test_a_bug_is_a_500_and_its_traceback_says_all(service, bug, message):
+def test_a_bug_is_a_500_and_the_log_has_its_message(service, bug, message):
     assert service.post(f"/prototype/{bug}").status_code == 500
     service.wait_for(message)
 
@@ -848,7 +849,7 @@ def test_the_log_has_the_cause_of_a_503_but_no_detail(service):
 
 # PostgreSQL's next id is taken, and has more than 32 bits.
 @on_postgresql
-def test_another_constraint_than_the_emails_is_a_bug(service, postgresql):
+def test_violating_another_constraint_than_the_emails_is_a_500(service, postgresql):
     taken = "'x', 'X', setval('users_id_seq', 9876543210) + 1"
     postgresql.query(f"INSERT INTO users (email, full_name, id) VALUES ({taken})")
     first = service.create()
