@@ -1,194 +1,155 @@
 """A users service: create a user, fetch a user. The environment configures it."""
 
+import asyncio
 import gc
 import logging
 import os
-import re
 import sqlite3
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
-from functools import partial, wraps
+from contextlib import asynccontextmanager
+from functools import wraps
+from inspect import (
+    isasyncgenfunction,
+    iscoroutinefunction,
+    isgeneratorfunction,
+    signature,
+)
 from secrets import compare_digest
-from selectors import EVENT_READ, EVENT_WRITE, DefaultSelector
-from typing import Annotated, Any
+from threading import Event, Thread
+from typing import Annotated
 
-import anyio
-import psycopg2
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, RedirectResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from psycopg2 import extensions as pg
-from psycopg2.errors import (
-    InvalidParameterValue,
-    ReadOnlySqlTransaction,
-    UndefinedObject,
-)
 from sqlalchemy import event
-from sqlalchemy.engine import ExceptionContext
-from sqlalchemy.exc import DBAPIError, IntegrityError
-from sqlalchemy.util.concurrency import await_, greenlet_spawn, in_greenlet
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 from sqlmodel import Session, SQLModel, create_engine, select
 
 from models import Message, User, UserCreate, UserId, UserRead
 
 DATABASE_URL = os.environ.get("DATABASE_URL", "").strip() or "sqlite:///users.db"
-DB_POOL_SIZE = int(os.environ.get("DB_POOL_SIZE") or 5)
-API_TOKEN = os.environ.get("API_TOKEN", "")
-REQUEST_TIMEOUT = 10  # seconds to wait for a session and to use it
-START_TIMEOUT = 30  # seconds to wait for the database
+DB_POOL_SIZE = int(os.environ.get("DB_POOL_SIZE") or 4)
+API_TOKEN = os.environ.get("API_TOKEN", "").strip()
+MAX_WAIT = 10  # seconds in line for a session
 
-logger = logging.getLogger("uvicorn.error")
+logger = logging.getLogger("uvicorn.error")  # uvicorn's own, for all levels
 
-# Python's default since 3.13. With the default before, 700, collecting garbage takes a
-# fifth of the CPU at 1,000 connections.
+# Python 3.13's default. With 3.12's, 700, garbage collection takes a sixth of the CPU.
 gc.set_threshold(2_000)
 
+# Options of PostgreSQL's client. Those in DATABASE_URL win. With these, a server that
+# has gone without closing its connections is noticed within ten seconds.
+POSTGRES_DEFAULTS = {
+    "client_encoding": "UTF8",  # a server's own may be SQL_ASCII
+    "connect_timeout": "5",
+    "keepalives_idle": "5",
+    "keepalives_interval": "5",
+    "tcp_user_timeout": "5000",
+}
+
+url = make_url(DATABASE_URL)
+ON_SQLITE = url.get_backend_name() == "sqlite"
+if url.drivername.startswith("postgres"):
+    # SQLAlchemy does not know Heroku's postgres:, and takes postgresql: for psycopg 3.
+    url = url.set(drivername="postgresql+psycopg2", query=POSTGRES_DEFAULTS | url.query)
+
 engine = create_engine(
-    # SQLAlchemy refuses postgres:, and uses another driver for postgresql:.
-    re.sub("^postgres(ql)?:", "postgresql+psycopg2:", DATABASE_URL),
+    url,
     pool_pre_ping=True,
     pool_size=DB_POOL_SIZE,
-    # SessionDep limits the connections. The pool would do so by blocking the event loop.
-    max_overflow=-1,
-    hide_parameters=True,  # no values of users in the log
+    hide_parameters=True,  # in the log, SQL stands without its values
 )
-ON_SQLITE = engine.dialect.name == "sqlite"
-
-
-# psycopg2 blocks, but it can leave its waiting to a function of ours. On PostgreSQL, an
-# endpoint with @on_loop runs in a greenlet on the event loop, and while it waits, other
-# requests go on. SQLAlchemy's asyncio extension works in the same way.
-def on_loop(endpoint: Callable[..., object]) -> Callable[..., Awaitable[object]]:
-    """Run a `def` endpoint on the event loop, for half the CPU of a thread.
-
-    Only its session may wait in it. On SQLite it runs in a thread all the same.
-    """
-    run = run_in_threadpool if ON_SQLITE else greenlet_spawn
-
-    @wraps(endpoint)
-    async def run_endpoint(**arguments: object) -> object:
-        return await run(partial(endpoint, **arguments))
-
-    return run_endpoint
-
-
-def wait_for_socket(connection: pg.connection) -> None:
-    """In a greenlet, let others go on meanwhile. Elsewhere, block, as in a thread."""
-    try:
-        while (state := connection.poll()) != pg.POLL_OK:
-            reads = state == pg.POLL_READ
-            if in_greenlet():
-                wait = anyio.wait_readable if reads else anyio.wait_writable
-                await_(wait(connection.fileno()))
-                continue
-            with DefaultSelector() as selector:
-                selector.register(connection, EVENT_READ if reads else EVENT_WRITE)
-                if not selector.select(REQUEST_TIMEOUT):
-                    raise psycopg2.OperationalError("no answer in time")
-    finally:
-        # An error's traceback would keep the connection open until garbage is collected.
-        del connection
-
-
-def connect_blocking(options: dict[str, Any]) -> pg.connection:
-    # When a host is silent for half the limit, libpq tries the next one in the URL. With
-    # a wait callback, it ignores connect_timeout.
-    options.setdefault("tcp_user_timeout", REQUEST_TIMEOUT * 1000 // 2)  # milliseconds
-    # A server's own may be SQL_ASCII.
-    options.setdefault("client_encoding", "UTF8")
-    connection: pg.connection = psycopg2.connect(**options)
-    connection.autocommit = True  # a rollback would undo the setting
-    # The server ends what nobody waits for any more. Else requests that gave up would go
-    # on waiting for locks, and fill it. PostgreSQL has this since 14, not on Windows.
-    with suppress(UndefinedObject, InvalidParameterValue):
-        connection.cursor().execute("SET client_connection_check_interval = '100ms'")
-    connection.autocommit = False
-    return connection
-
-
-def connect(cparams: dict[str, Any], **_: object) -> object:
-    if not in_greenlet():
-        return connect_blocking(cparams)
-    # In a thread, since libpq blocks while it looks up a name. Slow endpoints may hold
-    # all threads that others share, so this one is not counted among them.
-    own = anyio.CapacityLimiter(1)
-    run = partial(anyio.to_thread.run_sync, abandon_on_cancel=True, limiter=own)
-    return await_(run(connect_blocking, cparams))
-
 
 if ON_SQLITE:
-    # Reads go on beside a write.
-    event.listen(engine, "connect", lambda db, _: db.execute("PRAGMA journal_mode=WAL"))
-else:
-    event.listen(engine, "do_connect", connect, named=True)
+
+    @event.listens_for(engine, "connect")
+    def set_up_sqlite(connection: sqlite3.Connection, _: object) -> None:
+        connection.execute("PRAGMA journal_mode = WAL")  # reads go on beside a write
 
 
-@event.listens_for(engine, "handle_error")
-def leave_read_only_server(context: ExceptionContext) -> None:
-    # After a failover, it may be the old primary. Connect anew, and answer 503.
-    if isinstance(context.original_exception, ReadOnlySqlTransaction):
-        context.is_disconnect = True
+RETRY = {"Retry-After": "2"}  # seconds
+creating_tables = Event()
 
 
-def is_unavailable(error: DBAPIError) -> bool:
-    """Whether the database is to blame, and not a bug."""
-    cause = error.orig
-    if isinstance(cause, sqlite3.OperationalError):
-        return cause.sqlite_errorname != "SQLITE_ERROR"  # that is wrong SQL
-    return isinstance(cause, psycopg2.OperationalError) or error.connection_invalidated
-
-
-async def limit_time() -> AsyncGenerator[None]:
-    """Answer 503 if the database does not answer, or not in time."""
-    reason = "no answer in time"
-    with anyio.move_on_after(REQUEST_TIMEOUT):
-        try:
-            yield
-            return
-        except DBAPIError as error:
-            if not is_unavailable(error):
-                raise
-            reason = str(error.orig).partition("\n")[0]  # more may quote a user
-    logger.warning("Database unavailable: %s", reason)
-    raise HTTPException(503, "Database unavailable", {"Retry-After": "2"})
+# A request gets its session in three steps:
+# 1. limit_wait starts a timeout.
+# 2. FastAPI lets the request wait until it is one of SessionDep's max_concurrency.
+# 3. get_session stops the timeout, and opens the session.
+async def limit_wait() -> AsyncGenerator[asyncio.Timeout]:
+    """Answer 503 to a request whose turn does not come in time."""
+    try:
+        async with asyncio.timeout(MAX_WAIT) as timeout:
+            yield timeout
+    except TimeoutError:
+        if not timeout.expired():  # it is an endpoint's own error
+            raise
+        logger.warning("No session of DB_POOL_SIZE was free in %s seconds", MAX_WAIT)
+        raise HTTPException(503, "Too busy", RETRY) from None
 
 
 async def get_session(
-    # It begins first, so the limit includes the wait in line for a session.
-    _: Annotated[None, Depends(limit_time, scope="function")],
+    timeout: Annotated[asyncio.Timeout, Depends(limit_wait, scope="function")],
 ) -> AsyncGenerator[Session]:
-    """A session for one request, closed before the response is sent. See SessionDep."""
-    # Objects are not loaded again after a commit. A session that is used after it is
-    # closed fails; else it would take a connection, and keep it.
+    """A session for one request, closed before the response is sent."""
+    timeout.reschedule(None)  # what has begun is not cancelled
+    if creating_tables.is_set():
+        raise HTTPException(503, "Database unavailable", RETRY)
+    # expire_on_commit: after a commit, objects are not loaded again.
+    # close_resets_only: a session fails if it is used after its request.
     session = Session(engine, expire_on_commit=False, close_resets_only=False)
     try:
         yield session
     finally:
-        await greenlet_spawn(session.close)
+        if session.in_transaction():  # it rolls back, and waits for the database
+            await run_in_threadpool(session.close)
+        else:
+            session.close()
 
 
+# Use SessionDep, not Depends(get_session). max_concurrency: else requests that wait for
+# a connection would take all threads. scope="function": a slow client holds no session.
+# A dependency with `yield` that asks for SessionDep needs this scope too. Background
+# tasks, streams and websockets last longer: they open a Session(engine) of their own.
+# After a commit, `refresh` an object that the database itself changes.
 SessionDep = Annotated[
     Session, Depends(get_session, scope="function", max_concurrency=DB_POOL_SIZE)
 ]
 
 
-async def create_tables() -> None:
-    """Create the missing tables, as soon as the database is there.
+# It may be left out: FastAPI then goes to a thread three times, to run the endpoint, to
+# validate what it returns, and to close the session. With it, the session is closed
+# before the validation: load in the endpoint what response_model reads.
+def in_one_thread(endpoint: Callable[..., object]) -> Callable[..., Awaitable[object]]:
+    """Save a fifth of the CPU of a `def` endpoint whose `session` is a SessionDep."""
+    is_generator = isgeneratorfunction(endpoint) or isasyncgenfunction(endpoint)
+    is_plain = not is_generator and not iscoroutinefunction(endpoint)
+    takes_session = "session" in signature(endpoint).parameters
+    assert is_plain and takes_session, "in_one_thread needs a `def` with a `session`"
 
-    This must connect alone: SQLAlchemy makes an engine's first connection under a lock,
-    where two at once would block the event loop for ever.
-    """
-    with anyio.move_on_after(START_TIMEOUT):
-        while True:
-            try:
-                return await greenlet_spawn(SQLModel.metadata.create_all, engine)
-            except DBAPIError as error:  # or another process creates them too
-                logger.warning("Waiting for the database: %s", error.orig)
-            await anyio.sleep(1)
-    logger.error("Waited for the database in vain")
-    os._exit(1)  # after an exception, uvicorn would stop its other workers too
+    @wraps(endpoint)
+    async def run_endpoint(session: Session, **arguments: object) -> object:
+        def run_and_close() -> object:
+            with session:
+                return endpoint(session=session, **arguments)
+
+        return await run_in_threadpool(run_and_close)
+
+    return run_endpoint
+
+
+def create_tables() -> None:
+    """Create the missing tables; try again each second until the database is there."""
+    while creating_tables.is_set():
+        try:
+            SQLModel.metadata.create_all(engine)
+            creating_tables.clear()
+        except DBAPIError as error:  # or another process creates them at the same time
+            logger.warning("Tables are not created yet: %s", error.orig)
+            time.sleep(1)
 
 
 @asynccontextmanager
@@ -197,10 +158,13 @@ async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
         logger.warning("Users are kept in a file: for PostgreSQL, set DATABASE_URL")
     if not API_TOKEN:
         logger.warning("Anyone can create and fetch users: to stop that, set API_TOKEN")
-    # Not on import, so that scripts, migrations and notebooks have plain psycopg2.
-    pg.set_wait_callback(wait_for_socket)
-    await create_tables()
+    creating_tables.set()
+    # In a thread: without its database too, the service starts, and stops on Ctrl-C.
+    creation = Thread(target=create_tables, daemon=True)
+    creation.start()
+    creation.join(1)  # usually done by then, so that the first request finds its tables
     yield
+    creating_tables.clear()
     engine.dispose()
 
 
@@ -210,20 +174,29 @@ bearer = HTTPBearer()
 async def require_token(
     sent: Annotated[HTTPAuthorizationCredentials, Depends(bearer)],
 ) -> None:
-    if not compare_digest(sent.credentials.encode(), API_TOKEN.encode()):
+    if not compare_digest(sent.credentials.encode("latin-1"), API_TOKEN.encode()):
         raise bearer.make_not_authenticated_error()
 
 
-PROTECTION = [Depends(require_token)] if API_TOKEN else []
 ERROR = {"model": Message}
-TOO_LARGE = {"description": "Content Too Large"}  # as JSON or as text
 
 app = FastAPI(
     title="Users",
     lifespan=lifespan,
     max_body_size=65_536,  # bytes
-    responses={401: ERROR, 413: TOO_LARGE, 503: ERROR},
+    redirect_slashes=False,  # behind a router, they would lead from https: to http:
+    responses={401: ERROR, 413: {}, 503: ERROR},  # 413 is not always JSON
 )
+
+
+@app.exception_handler(OperationalError)
+async def answer_unavailable(_: Request, error: OperationalError) -> Response:
+    """Answer 503 if the database is to blame, and not a bug."""
+    # Wrong SQL is psycopg2's ProgrammingError, but sqlite3's OperationalError too.
+    if getattr(error.orig, "sqlite_errorname", None) == "SQLITE_ERROR":
+        raise error
+    logger.warning("Database unavailable: %s", str(error.orig).partition("\n")[0])
+    return JSONResponse({"detail": "Database unavailable"}, 503, RETRY)
 
 
 @app.exception_handler(RequestValidationError)
@@ -245,9 +218,9 @@ async def redirect_to_docs() -> RedirectResponse:
 
 
 @app.api_route("/health", methods=["GET", "HEAD"], include_in_schema=False)
-@on_loop
+@in_one_thread
 def check_health(
-    # It does not wait in line with the others: a busy service is a healthy one.
+    # A max_concurrency of its own is a line of its own: a busy service is healthy.
     session: Annotated[
         Session, Depends(get_session, scope="function", max_concurrency=1)
     ],
@@ -256,14 +229,19 @@ def check_health(
     return {"status": "ok"}
 
 
+# Endpoints above are open. Endpoints below, and routers included below, ask for the
+# token: FastAPI copies the list into each when it is defined.
+if API_TOKEN:
+    app.router.dependencies.append(Depends(require_token))
+
+
 @app.post(
     "/users",
     status_code=201,
     response_model=UserRead,
-    dependencies=PROTECTION,
     responses={400: ERROR, 409: ERROR, 415: ERROR},
 )
-@on_loop
+@in_one_thread
 def create_user(new_user: UserCreate, session: SessionDep, response: Response) -> User:
     """Create a user with an email that no other user has."""
     user = User.model_validate(new_user)
@@ -279,13 +257,8 @@ def create_user(new_user: UserCreate, session: SessionDep, response: Response) -
     return user
 
 
-@app.get(
-    "/users/{user_id}",
-    response_model=UserRead,
-    dependencies=PROTECTION,
-    responses={404: ERROR},
-)
-@on_loop
+@app.get("/users/{user_id}", response_model=UserRead, responses={404: ERROR})
+@in_one_thread
 def read_user(user_id: UserId, session: SessionDep) -> User:
     """Fetch a user by id."""
     user = session.get(User, user_id)
