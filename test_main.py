@@ -8,6 +8,7 @@ import re
 import resource
 import runpy
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -374,7 +375,7 @@ def test_violating_another_constraint_than_the_emails_is_a_500(
     assert bobs_service.try_to_create().status_code == 500
     assert bobs_service.create()["id"] == 8000000002
     # What SQL inserted is read as it is, by its own id alone.
-    assert bobs_service.get("/users/8000000000").status_code == 404
+    assert bobs_service.get("/users/8000000000").text == '{"detail":"User not found"}'
     assert bobs_service.get("/users/8000000001").json()["email"] == "A@b"
 
 
@@ -549,7 +550,7 @@ def test_until_the_tables_are_made_requests_are_503(start, postgresql):
 def test_a_start_that_waits_for_a_lock_can_be_stopped(start, postgresql):
     with postgresql.locked("CREATE TABLE users ()"):
         service = start(DATABASE_URL=postgresql.url)
-        service.process.terminate()
+        service.process.send_signal(signal.SIGINT)
         service.process.wait(timeout=2)
 
 
@@ -668,7 +669,7 @@ def test_the_procfiles_options_are_in_effect(start):
 
 
 def test_options_in_the_url_win(load_main, postgresql):
-    url = f"{postgresql.url}?client_encoding=LATIN1\n"
+    url = f"{postgresql.url}?client_encoding=LATIN1 \n"
     connection = load_main(DATABASE_URL=url).engine.raw_connection()
     options = connection.dbapi_connection.info.dsn_parameters
     expected = {
