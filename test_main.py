@@ -394,7 +394,6 @@ def test_a_path_of_no_user_is_refused(service, path, status):
 
 
 BAD_BODIES = {
-    "cut": (422, b'{"marker'),
     "no at": (422, b'{"email": "marker", "full_name": "A"}'),
     "NaN": (422, b'{"email": "marker@a.org", "full_name": NaN}'),
     "blank name": (422, b'{"email": "marker@a.org", "full_name": " \\n"}'),
@@ -703,9 +702,10 @@ def test_using_a_session_after_its_request_is_an_error(service):
     service.wait_for("InvalidRequestError")
 
 
-def test_in_one_thread_refuses_an_async_def():
+@pytest.mark.parametrize("unfit", [commit_and_go_on, new_user, lambda session: (yield)])
+def test_in_one_thread_refuses_what_it_cannot_run(unfit):
     with pytest.raises(AssertionError, match="needs a `def` with a `session`"):
-        in_one_thread(commit_and_go_on)
+        in_one_thread(unfit)
 
 
 def test_in_one_thread_leaves_a_tests_own_session_open():
