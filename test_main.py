@@ -509,7 +509,6 @@ def test_eight_processes_create_one_user_of_one_email(start, database_url):
 
 
 def test_while_the_database_is_stopped_requests_are_503(bobs_service, postgresql):
-    bobs_service.create()
     with postgresql.stopped():
         answers = [
             bobs_service.try_to_create(),
@@ -522,6 +521,8 @@ def test_while_the_database_is_stopped_requests_are_503(bobs_service, postgresql
         assert answer.status_code == 503
         assert answer.json() == {"detail": "Database unavailable"}
         assert answer.headers["retry-after"] == "2"
+    # Each is a line of the log.
+    assert "refused\nWARNING:  Database unavailable: conn" in bobs_service.log
 
 
 def test_a_lock_holds_as_many_requests_as_the_pool_has_and_no_other(start, postgresql):
@@ -613,7 +614,7 @@ def protected(load_main):
         ("", 401),
         ("Bearer pfär", 401),
         ("Bearer pfärde", 401),
-        ("Bearer PFÄRD", 401),
+        ("Bearer PFäRD", 401),
         ("Basic pfärd", 401),
         ("Bearer pfärd", 404),
     ],
