@@ -1,118 +1,72 @@
-"""Measure the service beside two other ways to write it, in turns.
+"""Measure the service beside three other ways to write it, in turns.
 
-Prints tables to stdout and progress to stderr, and draws throughput.svg.
+Prints a table to stdout and progress to stderr, and draws throughput.svg.
 """
 
-import argparse
-import subprocess
-import sys
-import time
+from argparse import ArgumentParser
+from contextlib import ExitStack
+from itertools import product
+from json import loads
 from pathlib import Path
+from subprocess import check_output
+from sys import stderr
 from tempfile import TemporaryDirectory
+from time import monotonic
 
-import pandas
-import psutil
-from matplotlib import pyplot
+from delay import delay
+from matplotlib.pyplot import savefig, tight_layout
+from pandas import DataFrame, Series
 
-BENCH = Path(__file__).resolve().parent
-sys.path.insert(0, str(BENCH.parent))
-
-from test_main import HERE, PostgreSQL, Service, run_postgresql
+from test_main import PostgreSQL, Service, run_postgresql
 
 APPLICATIONS = {
     "service": "main:app",
-    "walkthrough": "walkthrough:app",
-    "asyncpg": "async_session:app",
+    "asyncpg": "bench.async_session:app",
+    "tutorial": "bench.tutorial:app",
+    "walkthrough": "bench.walkthrough:app",
 }
 CONNECTIONS = [1, 32, 256, 1000]
 USERS = """TRUNCATE users RESTART IDENTITY;
 INSERT INTO users (email, full_name)
-SELECT n || '@example.com', 'Ada Lovelace' FROM generate_series(1, 1000) n;
-ANALYZE users"""
+SELECT n || '@example.com', 'Ada Lovelace' FROM generate_series(1, 1000) n"""
 
 
-def send_load(
-    service: Service, method: str, connections: int, seconds: int
-) -> list[float]:
-    """Return the number of answers, of seconds and of failures."""
-    options = f"-t1 -c{connections} -d{seconds}s --timeout 10s -s {BENCH}/load.lua"
-    command = f"wrk {options} {service.base_url} -- {method} {time.time_ns()}"
-    printed = subprocess.check_output(command.split(), text=True)
-    answers, took, failures = map(float, printed.splitlines()[-1].split())
-    # wrk counts no connection that never gets an answer.
-    failures += max(connections - answers, 0)
-    return [answers, took, failures]
-
-
+# For six seconds, as load.lua counts it.
 def measure(service: Service, method: str, connections: int) -> dict[str, float]:
-    """Send a load to a running service, after a second's to warm up."""
-    process = psutil.Process(service.process.pid)
-    send_load(service, method, 32, 1)
-    before = process.cpu_times()
-    answers, took, failures = send_load(service, method, connections, 5)
-    after = process.cpu_times()
-    user = after.user - before.user
-    system = after.system - before.system
-    return {
-        "requests a second": answers / took,
-        "CPU of a request, µs": (user + system) * 1e6 / max(answers, 1),
-        "memory, MB": process.memory_info().rss / 1e6,
-        "failures": failures,
-    }
+    load = f"{service.base_url} -- {method} {connections} {service.process.pid}"
+    command = f"wrk -t1 -c{connections} -d6s --timeout 10s -s bench/load.lua {load}"
+    printed = check_output(command.split())
+    return dict(loads(printed.splitlines()[-1]))
 
 
-def measure_in_turns(server: PostgreSQL, rounds: int) -> pandas.DataFrame:
-    turns = pandas.MultiIndex.from_product(
-        [range(rounds), ["GET", "POST"], CONNECTIONS, APPLICATIONS],
-        names=["round", "method", "connections", "application"],
-    )
-    settings = {
-        "DATABASE_URL": server.url,
-        "PYTHONPATH": f"{HERE}:{BENCH}",
-    }
-    rows = []
+def measure_in_turns(server: PostgreSQL, rounds: int) -> DataFrame:
+    near = server.url.replace("postgres:", "postgresql+psycopg2:")
+    far = near.replace(str(server.port), delay(server.port))
+    urls = {"0 ms away": near, "1 ms away": far}
+    figures = {}
+    turns = product(range(rounds), urls, ["GET", "POST"], CONNECTIONS)
     for turn in turns:
-        _, method, connections, name = turn
-        started = time.monotonic()
-        with (
-            TemporaryDirectory() as folder,
-            Service(Path(folder), APPLICATIONS[name], **settings) as service,
-        ):
-            service.get("/users/1")
-            start = time.monotonic() - started
+        _, place, method, connections = turn
+        with TemporaryDirectory() as folder, ExitStack() as running:
+            services = {}
+            for name, application in APPLICATIONS.items():
+                started = monotonic()
+                service = Service(Path(folder), application, DATABASE_URL=urls[place])
+                services[name] = running.enter_context(service)
+                service.get("/users/1")
+                figures[*turn, "cold start, s", name] = monotonic() - started
+            print(*turn, file=stderr)
             server.query(USERS)
-            figures = measure(service, method, connections)
-        rows.append(figures | {"cold start, ms": start * 1000})
-        print(len(rows), "of", len(turns), turn, file=sys.stderr)
-    return pandas.DataFrame(rows, index=turns)
-
-
-def print_table(figures: pandas.Series) -> None:
-    """Print medians, also of the ratios within each round."""
-    wide = figures.unstack("application")
-    wide["service to asyncpg"] = wide["service"] / wide["asyncpg"]
-    wide["service to walkthrough"] = wide["service"] / wide["walkthrough"]
-    medians = wide.groupby(["method", "connections"]).median()
-    print(medians.round(2).reset_index().to_markdown(index=False))
-
-
-def draw(rates: pandas.Series) -> None:
-    figure, places = pyplot.subplots(ncols=2, figsize=(9, 4), layout="constrained")
-    medians = rates.groupby(["method", "connections", "application"]).median()
-    for axes, method in zip(places, ["GET", "POST"], strict=True):
-        lines = medians[method].unstack("application")
-        lines.plot(
-            ax=axes,
-            logx=True,
-            marker="o",
-            title=method,
-            ylim=(0, None),
-        )
-    figure.savefig(BENCH / "throughput.svg")
+            for name, service in services.items():
+                for figure, value in measure(service, method, connections).items():
+                    figures[*turn, figure, name] = value
+                # It may be stuck, and take time from those after it.
+                service.process.kill()
+    return Series(figures).unstack()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser()
     parser.add_argument(
         "--rounds",
         type=int,
@@ -121,10 +75,19 @@ def main() -> None:
     options = parser.parse_args()
     with run_postgresql() as server:
         figures = measure_in_turns(server, options.rounds)
-    for name in figures:
-        print(f"\n{name}:\n")
-        print_table(figures[name])
-    draw(figures["requests a second"])
+    figures.index.names = ["round", "database", "method", "connections", "measure"]
+    for other in ["asyncpg", "tutorial", "walkthrough"]:
+        figures[f"to {other}"] = figures["service"] / figures[other]
+    medians = figures.groupby(["database", "measure", "method", "connections"]).median()
+    print(medians.reset_index().to_markdown(index=False, floatfmt=".4g"))
+    rates = medians.xs("requests a second", level="measure")
+    rates[list(APPLICATIONS)].plot.bar(
+        figsize=(9, 5),
+        width=0.8,
+        ylabel="requests a second",
+    )
+    tight_layout()
+    savefig("bench/throughput.svg")
 
 
 if __name__ == "__main__":

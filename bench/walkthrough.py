@@ -1,48 +1,27 @@
-"""The textbook wiring, as SQLModel's tutorial has it."""
-
-# Over a hundred requests at once deadlock it: each keeps its connection until its
-# response is sent, for which it needs a thread, while the threads wait for connections.
+"""The wiring of many a blog post, with the service's models."""
 
 import os
 from collections.abc import Iterator
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from fastapi import Depends, FastAPI, HTTPException
-from pydantic import EmailStr
-from sqlalchemy import make_url
-from sqlmodel import Field, Session, SQLModel, create_engine, select
+from sqlmodel import Session, create_engine, select
 
-url = make_url(os.environ["DATABASE_URL"]).set(drivername="postgresql+psycopg2")
-engine = create_engine(url, pool_pre_ping=True)
+from models import User, UserCreate, UserRead
 
-
-class UserBase(SQLModel):
-    email: EmailStr = Field(unique=True, max_length=254)
-    full_name: str = Field(min_length=1, max_length=200)
-
-
-class User(UserBase, table=True):
-    __tablename__: ClassVar[str] = "users"
-
-    id: int | None = Field(default=None, primary_key=True)
-
-
-class UserCreate(UserBase):
-    pass
-
-
-class UserRead(UserBase):
-    id: int
+engine = create_engine(os.environ["DATABASE_URL"], pool_pre_ping=True)
 
 
 def get_session() -> Iterator[Session]:
-    with Session(engine) as session:
+    session = Session(engine)
+    try:
         yield session
+    finally:
+        session.close()
 
 
 SessionDep = Annotated[Session, Depends(get_session)]
 
-SQLModel.metadata.create_all(engine)
 app = FastAPI()
 
 
