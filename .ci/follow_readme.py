@@ -15,6 +15,7 @@ from test_main import Service, run_postgresql
 
 README = (HERE / "README.md").read_text()
 SECTION = README.partition("\n## Changing it\n")[2].partition("\n## ")[0]
+STAMP = re.findall("`(.*alembic stamp head)`", SECTION)[0]
 BLOCKS = re.findall(r"```(sh|python)\n(.*?)```", SECTION, re.DOTALL)
 
 
@@ -50,6 +51,8 @@ def follow(folder: Path, database_url: str) -> None:
     for language, block in BLOCKS:
         if language == "sh":
             run(block, folder, database_url)
+            if "alembic init" in block:
+                run(STAMP, folder, database_url)
         else:
             edit(block, folder)
     migrate = '.venv/bin/alembic revision --autogenerate -m "Notes"'
