@@ -57,7 +57,6 @@ def follow(folder: Path, database_url: str) -> None:
             edit(block, folder)
     migrate = '.venv/bin/alembic revision --autogenerate -m "Notes"'
     run(f"{migrate} && .venv/bin/alembic upgrade head", folder, database_url)
-    run(".venv/bin/alembic check", folder, database_url)
 
     path = f"/users/{ada['id']}"
     with Service(folder, **settings) as service:
