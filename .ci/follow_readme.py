@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -39,36 +40,36 @@ def edit(block: str, folder: Path) -> None:
         main.write_text(f"{main.read_text()}\n\n{block}")
 
 
-def follow(folder: Path, database_url: str) -> None:
-    for name in ["main.py", "models.py", "requirements.txt", "Procfile"]:
-        shutil.copy(HERE / name, folder)
-    Path(folder, ".venv").symlink_to(sys.prefix)
-    settings = {"DATABASE_URL": database_url, "PYTHONPATH": str(folder)}
-    with Service(folder, **settings) as service:
-        ada = service.create()
-        eve = service.create()
+def follow(database_url: str) -> None:
+    with TemporaryDirectory() as place:
+        folder = Path(place)
+        for name in ["main.py", "models.py", "requirements.txt", "Procfile"]:
+            shutil.copy(HERE / name, folder)
+        Path(folder, ".venv").symlink_to(sys.prefix)
+        settings = {"DATABASE_URL": database_url, "PYTHONPATH": str(folder)}
+        with Service(folder, **settings) as service:
+            ada = service.create()
+            eve = service.create()
 
-    for language, block in BLOCKS:
-        if language == "sh":
-            run(block, folder, database_url)
-            if "alembic init" in block:
-                run(STAMP, folder, database_url)
-        else:
-            edit(block, folder)
-    migrate = '.venv/bin/alembic revision --autogenerate -m "Notes"'
-    run(f"{migrate} && .venv/bin/alembic upgrade head", folder, database_url)
+        for language, block in BLOCKS:
+            if language == "sh":
+                run(block, folder, database_url)
+                if "alembic init" in block:
+                    run(STAMP, folder, database_url)
+            else:
+                edit(block, folder)
+        migrate = '.venv/bin/alembic revision --autogenerate -m "Notes"'
+        run(f"{migrate} && .venv/bin/alembic upgrade head", folder, database_url)
 
-    path = f"/users/{ada['id']}"
-    with Service(folder, **settings) as service:
-        assert service.get(path).json() == ada | {"nickname": None}
-        assert service.patch(path, json={"email": eve["email"]}).status_code == 409
-        changed = ada | {"nickname": None, "full_name": "Ada"}
-        assert service.patch(path, json={"full_name": "Ada"}).json() == changed
-    run(".venv/bin/alembic downgrade base", folder, database_url)
+        path = f"/users/{ada['id']}"
+        with Service(folder, **settings) as service:
+            assert service.get(path).json() == ada | {"nickname": None}
+            assert service.patch(path, json={"email": eve["email"]}).status_code == 409
+            changed = ada | {"nickname": None, "full_name": "Ada"}
+            assert service.patch(path, json={"full_name": "Ada"}).json() == changed
+        run(".venv/bin/alembic downgrade base", folder, database_url)
 
 
-with run_postgresql() as server:
-    for database_url in ["", server.url]:
-        with TemporaryDirectory() as folder:
-            follow(Path(folder), database_url)
+with run_postgresql() as server, ThreadPoolExecutor() as threads:
+    list(threads.map(follow, ["", server.url]))
 print(f"Followed {len(BLOCKS)} blocks of the README, on both databases.")
